@@ -1,0 +1,784 @@
+"""Encoder-only Mask Transformer (EoMT): a plain ViT that encodes image patches and segmentation queries together.
+
+In: uint8 (or 0..255 float) images (B,3,H,W), H and W divisible by the patch size; the model normalises them itself.
+Out: a list of `Prediction(masks, classes)` logits, last = final; `segment` turns images of any size into results.
+
+    model = load("runs/quick")                          # ours, model-zoo .bin, Lightning .ckpt or Hugging Face folder
+    result = segment(model, [photo], "panoptic")[0]     # photo uint8 (3,H,W) -> Panoptic(ids, labels, scores)
+"""
+# SPDX-License-Identifier: MIT
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+try:
+    from kernels import masked_attention, pack_mask
+except ImportError:  # this file copied alone, or another package of that name: same numbers in plain torch
+
+    def pack_mask(mask_logits, grid, prefix_columns, num_keys, keep_prob=1.0, noise=None):
+        """Mask logits (B,Q,mh,mw) -> bool (B,Q,num_keys): may query q look at key n?"""
+        allowed = F.interpolate(mask_logits.float(), grid, mode="bilinear").flatten(2) > 0  # (B, Q, h*w)
+        if noise is not None:
+            allowed = allowed | (noise >= keep_prob)[..., None]  # (B, Q, h*w)
+        return F.pad(allowed, (prefix_columns, num_keys - prefix_columns - allowed.shape[-1]), value=True)
+
+    def masked_attention(q, k, v, bits, num_masked_rows):
+        """SDPA in two parts: the first `num_masked_rows` rows see what `bits` allows, the other rows see all keys."""
+        n = num_masked_rows
+        rows = F.scaled_dot_product_attention(q[:, :, :n], k, v, attn_mask=bits[:, None])  # (B, nh, n, hd)
+        return torch.cat([rows, F.scaled_dot_product_attention(q[:, :, n:], k, v)], 2)  # (B, nh, N, hd)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Encoder: a plain ViT in the DINOv2 flavour (position table) or the DINOv3 flavour (RoPE, keys without bias)
+# ---------------------------------------------------------------------------------------------------------------
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# Sizes of the DINOv2 and DINOv3 papers; num_blocks = blocks that see the queries, EoMT paper sec. 4.
+ENCODERS = {
+    "tiny": dict(width=96, depth=5, heads=4, patch=8),  # for the procedural world of train.py --quick
+    "dinov2_small": dict(width=384, depth=12, heads=6),
+    "dinov2_base": dict(width=768, depth=12, heads=12),
+    "dinov2_large": dict(width=1024, depth=24, heads=16),
+    "dinov2_giant": dict(width=1536, depth=40, heads=24, ffn=4096, swiglu=True),
+    "dinov3_small": dict(width=384, depth=12, heads=6, rope=100.0, eps=1e-5),
+    "dinov3_base": dict(width=768, depth=12, heads=12, rope=100.0, eps=1e-5),
+    "dinov3_large": dict(width=1024, depth=24, heads=16, rope=100.0, eps=1e-5),
+}
+
+
+def default_num_blocks(depth: int) -> int:
+    """How many last blocks see the queries: 3 of 12, 4 of 24, 5 of 40 (EoMT paper); at least 1."""
+    return {12: 3, 24: 4, 40: 5}.get(depth, max(1, depth // 4))
+
+
+class Attention(nn.Module):
+    def __init__(self, width, heads, key_bias):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        # Under RoPE a key bias would not cancel in the softmax, so DINOv3's missing one is held at zero.
+        used = torch.ones(3, 1).masked_fill(torch.tensor([[False], [not key_bias], [False]]), 0.0)  # (3, 1)
+        self.register_buffer("bias_used", None if key_bias else used.expand(3, width).flatten(), persistent=False)
+
+    def forward(self, x, attend):
+        B, N, C = x.shape
+        bias = self.qkv.bias if self.bias_used is None else self.qkv.bias * self.bias_used
+        qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, nh, hd)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, nh, N, hd), views
+        return self.proj(attend(q, k, v).transpose(1, 2).reshape(B, N, C))  # (B, N, C)
+
+
+class Mlp(nn.Module):
+    def __init__(self, width, hidden, swiglu):
+        super().__init__()
+        self.swiglu = swiglu
+        self.fc1 = nn.Linear(width, 2 * hidden if swiglu else hidden)  # SwiGLU packs [gate | up]
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x):
+        x = self.fc1(x)  # (B, N, hidden) or (B, N, 2*hidden)
+        if self.swiglu:
+            gate, up = x.chunk(2, -1)  # 2 x (B, N, hidden)
+            return self.fc2(F.silu(gate) * up)
+        return self.fc2(F.gelu(x))
+
+
+class Block(nn.Module):
+    def __init__(self, width, heads, hidden, swiglu, eps, key_bias):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps)
+        self.attn = Attention(width, heads, key_bias)
+        self.ls1 = nn.Parameter(torch.ones(width))
+        self.norm2 = nn.LayerNorm(width, eps)
+        self.mlp = Mlp(width, hidden, swiglu)
+        self.ls2 = nn.Parameter(torch.ones(width))
+
+    def forward(self, x, attend=F.scaled_dot_product_attention):
+        x = x + self.ls1 * self.attn(self.norm1(x), attend)  # (B, N, C)
+        return x + self.ls2 * self.mlp(self.norm2(x))  # (B, N, C)
+
+
+class ViT(nn.Module):
+    """Plain ViT. `embed` -> `blocks` -> `norm`; tokens are [cls | registers | patches].
+
+    `grid` is the trained position grid (h, w), resampled to any other; `rope` is the RoPE base and replaces the
+    position table (DINOv3). Patches are square, `prefix` = 1 + registers.
+    """
+
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+
+    def __init__(self, width, depth, heads, patch=16, grid=(40, 40), registers=4, ffn=None, swiglu=False,
+                 rope=None, eps=1e-6):
+        super().__init__()
+        ffn = ffn or 4 * width
+        self.config = dict(width=width, depth=depth, heads=heads, patch=patch, grid=list(grid), registers=registers,
+                           ffn=ffn, swiglu=swiglu, rope=rope, eps=eps)
+        self.width, self.patch, self.prefix, self.grid, self.rope = width, patch, 1 + registers, tuple(grid), rope
+        self.patch_embed = nn.Conv2d(3, width, patch, patch)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.reg_token = nn.Parameter(torch.zeros(1, registers, width))
+        self.pos_embed = None if rope else nn.Parameter(torch.zeros(1, grid[0] * grid[1], width))
+        self.blocks = nn.ModuleList(Block(width, heads, ffn, swiglu, eps, rope is None) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps)
+        self.apply(_init_vit)
+        for table in (self.cls_token, self.reg_token, self.pos_embed):
+            if table is not None:
+                nn.init.trunc_normal_(table, std=0.02)
+
+    def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Normalised images (B,3,H,W) -> tokens (B,P+h*w,C) and the patch grid (h,w)."""
+        x = self.patch_embed(images)  # (B, C, h, w)
+        grid = tuple(x.shape[-2:])
+        x = x.flatten(2).mT  # (B, h*w, C)
+        if self.pos_embed is not None:
+            x = x + resample_positions(self.pos_embed, self.grid, grid)  # (B, h*w, C)
+        prefix = torch.cat([self.cls_token, self.reg_token], 1).expand(len(x), -1, -1)  # (B, P, C)
+        return torch.cat([prefix.to(x.dtype), x], 1), grid
+
+    def attention(self, grid, attend=F.scaled_dot_product_attention):
+        """The attention function of one forward pass: `attend`, with q and k of the patches rotated under RoPE."""
+        if self.rope is None:
+            return attend
+        head = self.width // self.config["heads"]
+        angles = rope_angles(grid, head, self.rope, self.norm.weight.device)  # (h*w, hd)
+        return partial(_attend_rotated, angles.cos(), angles.sin(), attend)
+
+
+def _init_vit(module):
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+def rope_angles(grid, head, base, device) -> Tensor:
+    """RoPE angles (h*w, hd) of the patch centres in [-1, 1] x [-1, 1], rows first (DINOv3 paper, sec. 3.2)."""
+    h, w = grid
+    y = (torch.arange(h, device=device) + 0.5) / h * 2 - 1  # (h,)
+    x = (torch.arange(w, device=device) + 0.5) / w * 2 - 1  # (w,)
+    centres = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flatten(0, 1)  # (h*w, 2)
+    periods = base ** torch.arange(0, 1, 4 / head, device=device)  # (hd/4,)
+    angles = 2 * math.pi * centres[:, :, None] / periods  # (h*w, 2, hd/4)
+    return angles.flatten(1).repeat(1, 2)  # (h*w, hd)
+
+
+def _attend_rotated(cos, sin, attend, q, k, v):
+    def rotate(t):
+        start = t.shape[2] - len(cos)  # patches come last; queries, cls and registers stay as they are
+        a, b = t[:, :, start:].chunk(2, -1)  # 2 x (B, nh, h*w, hd/2)
+        turned = t[:, :, start:] * cos.to(t.dtype) + torch.cat([-b, a], -1) * sin.to(t.dtype)  # (B, nh, h*w, hd)
+        return torch.cat([t[:, :, :start], turned], 2)  # (B, nh, N, hd)
+
+    return attend(rotate(q), rotate(k), v)
+
+
+def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Position table (1,h*w,C) from grid `old` to grid `new`: bicubic with antialias, in fp32, as timm does."""
+    if old == new:
+        return table
+    image = table.float().mT.unflatten(2, old)  # (1, C, h, w)
+    image = F.interpolate(image, new, mode="bicubic", antialias=True)  # (1, C, h', w')
+    return image.flatten(2).mT.to(table.dtype)  # (1, h'*w', C)
+
+
+def resample_patch(kernel: Tensor, patch: int) -> Tensor:
+    """Patch kernel (C,3,p,p) to (C,3,patch,patch) so that a resized patch keeps its embedding: the pseudo-inverse
+    of the bicubic resize (FlexiViT, arXiv 2212.08013, eq. 3)."""
+    old = kernel.shape[-1]
+    if old == patch:
+        return kernel
+    basis = torch.eye(old * old).reshape(old * old, 1, old, old)  # every pixel of a patch as an image
+    resize = F.interpolate(basis, (patch, patch), mode="bicubic", antialias=True).flatten(1).mT  # (new^2, old^2)
+    inverse = torch.linalg.pinv(resize.double().mT)  # (new^2, old^2)
+    return (kernel.double().flatten(2) @ inverse.mT).unflatten(2, (patch, patch)).to(kernel.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# EoMT
+# ---------------------------------------------------------------------------------------------------------------
+class Prediction(NamedTuple):
+    """Logits of one prediction: masks (B,Q,mh,mw), classes (B,Q,K+1) with no-object last."""
+
+    masks: Tensor
+    classes: Tensor
+
+
+class ScaleBlock(nn.Module):
+    """Twice the resolution: ConvTranspose 2x2, GELU, depthwise 3x3, LayerNorm over channels."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv1 = nn.ConvTranspose2d(width, width, 2, 2)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
+        self.norm = nn.LayerNorm(width, 1e-6)
+
+    def forward(self, x):
+        x = self.conv2(F.gelu(self.conv1(x)))  # (B, C, 2h, 2w)
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B, C, 2h, 2w), channels last in memory
+
+
+class EoMT(nn.Module):
+    """Encoder-only Mask Transformer over an encoder with `embed`, `attention`, `blocks`, `norm`, `width`, `patch`,
+    `prefix`, `mean`, `std`. K = num_classes, Q = num_queries.
+
+    In training mode `forward` returns num_blocks + 1 predictions, in evaluation mode the final one alone, unless
+    `mask_prob` asks for masked attention there too. `meta` is what a checkpoint says of itself (task, classes, step).
+    """
+
+    def __init__(self, encoder, num_classes, num_queries=200, num_blocks=None):
+        super().__init__()
+        self.encoder = encoder
+        self.num_blocks = num_blocks or default_num_blocks(len(encoder.blocks))
+        if self.num_blocks > len(encoder.blocks):
+            raise ValueError(f"{self.num_blocks} query blocks in an encoder of {len(encoder.blocks)} blocks")
+        self.config = dict(num_classes=num_classes, num_queries=num_queries, num_blocks=self.num_blocks)
+        self.meta = {}
+        width = encoder.width
+        self.q = nn.Embedding(num_queries, width)  # N(0, 1)
+        self.class_head = nn.Linear(width, num_classes + 1)
+        self.mask_head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width), nn.GELU(),
+                                       nn.Linear(width, width))
+        steps = max(1, int(math.log2(encoder.patch)) - 2)  # masks at 1/4 of the image for patch 16 and 14
+        self.upscale = nn.Sequential(*(ScaleBlock(width) for _ in range(steps)))
+        self.register_buffer("mean", torch.tensor(encoder.mean).reshape(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(encoder.std).reshape(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor, mask_prob: Tensor | None = None, noise: Tensor | None = None
+                ) -> list[Prediction]:
+        """images uint8 or 0..255 float (B,3,H,W); mask_prob (num_blocks,) in [0,1], the share of queries whose
+        attention is masked in each block, None = nowhere; noise (B,num_blocks,Q) uniform decides which."""
+        x, grid = self.encoder.embed((images.to(self.mean.dtype) / 255 - self.mean) / self.std)  # (B, P+h*w, C)
+        attend = self.encoder.attention(grid)
+        first = len(self.encoder.blocks) - self.num_blocks
+        for block in self.encoder.blocks[:first]:
+            x = block(x, attend)
+        x = torch.cat([self.q.weight.to(x.dtype).expand(len(x), -1, -1), x], 1)  # (B, N, C)
+        if mask_prob is not None and noise is None:
+            noise = torch.rand(len(x), self.num_blocks, len(self.q.weight), device=x.device)  # (B, num_blocks, Q)
+        predictions = []
+        for i, block in enumerate(self.encoder.blocks[first:]):
+            if self.training or mask_prob is not None:
+                predictions.append(self.predict(x, grid))
+            if mask_prob is not None:
+                attend = self.masked(predictions[-1].masks, grid, mask_prob[i], noise[:, i])
+            x = block(x, attend)
+        return [*predictions, self.predict(x, grid)]
+
+    def masked(self, masks, grid, keep_prob, noise):
+        """The attention in which query q sees only the patches where its mask logits (B,Q,mh,mw) are positive."""
+        num_queries, open_columns = len(self.q.weight), len(self.q.weight) + self.encoder.prefix
+        bits = pack_mask(masks.detach(), grid, open_columns, open_columns + grid[0] * grid[1], keep_prob, noise)
+        return self.encoder.attention(grid, partial(masked_attention, bits=bits, num_masked_rows=num_queries))
+
+    def predict(self, x: Tensor, grid: tuple[int, int]) -> Prediction:
+        """Tokens (B,N,C) -> mask logits (B,Q,mh,mw) and class logits (B,Q,K+1)."""
+        x = self.encoder.norm(x)
+        num_queries = len(self.q.weight)
+        queries, patches = x[:, :num_queries], x[:, num_queries + self.encoder.prefix:]  # (B, Q, C), (B, h*w, C)
+        features = self.upscale(patches.mT.unflatten(2, grid))  # (B, C, mh, mw)
+        masks = torch.einsum("bqc,bchw->bqhw", self.mask_head(queries), features)  # (B, Q, mh, mw)
+        return Prediction(masks, self.class_head(queries))
+
+
+def anneal_windows(total: int, num_blocks: int) -> list[tuple[float, float]]:
+    """(start, end) step of each query block's mask annealing; the formula gives all published recipes."""
+    starts = [total / 6 + total / 2 * i / max(1, num_blocks - 1) for i in range(num_blocks)]
+    return [(start, start + total / 6) for start in starts]
+
+
+def anneal(step: int, windows: list[tuple[float, float]]) -> list[float]:
+    """The probability that a query keeps its mask, per block: 1 before the window, (1 - progress)^0.9, 0 after."""
+    return [(1 - min(1.0, max(0.0, (step - start) / max(end - start, 1e-9)))) ** 0.9 for start, end in windows]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Post-processing and `segment`, the one inference path
+# ---------------------------------------------------------------------------------------------------------------
+class Panoptic(NamedTuple):
+    """ids int32 (H,W), 0 = void, segment s has id s+1; labels int64 (S,), scores float (S,)."""
+
+    ids: Tensor
+    labels: Tensor
+    scores: Tensor
+
+
+class Instances(NamedTuple):
+    """masks bool (n,H,W), labels int64 (n,), scores float (n,), best first."""
+
+    masks: Tensor
+    labels: Tensor
+    scores: Tensor
+
+
+_CHUNK = 1 << 26  # values of one upsampled chunk (256 MB in fp32): memory does not grow with the number of queries
+
+
+def _restore(masks, window, content, size):
+    """Mask logits (n,mh,mw) of a padded window -> logits (n,H,W) of the original image, in chunks of n."""
+    step = max(1, _CHUNK // max(size[0] * size[1], window[0] * window[1]))
+    for part in masks.split(step):
+        part = F.interpolate(part[None].float(), window, mode="bilinear")[0, :, :content[0], :content[1]]
+        yield F.interpolate(part[None], size, mode="bilinear")[0]  # (n', H, W)
+
+
+def panoptic(masks: Tensor, classes: Tensor, window, content, size, thing, score_threshold=0.8,
+             mask_threshold=0.5, overlap_threshold=0.8) -> Panoptic:
+    """One image's logits, masks (Q,mh,mw) and classes (Q,K+1), to a panoptic map of `size` (H,W).
+
+    window: (h,w) of the network input; content: (h,w) of the image in it (the rest is padding); thing: K bools.
+    Thresholds from the EoMT paper's evaluation: class score > 0.8, mask >= 0.5, kept share of a mask >= 0.8.
+    """
+    scores, labels = classes.float().softmax(-1).max(-1)  # (Q,), (Q,)
+    keep = ((labels != classes.shape[-1] - 1) & (scores > score_threshold)).nonzero()[:, 0]  # (k,)
+    scores, labels = scores[keep], labels[keep]
+    ids = torch.zeros(size, dtype=torch.int32, device=masks.device)  # (H, W)
+    if len(keep) == 0:
+        return Panoptic(ids, labels, scores)
+    best = torch.full(size, -1.0, device=masks.device)  # (H, W) highest score * probability so far
+    owner = torch.zeros(size, dtype=torch.int64, device=masks.device)  # (H, W) which kept query has it
+    inside = torch.zeros(size, dtype=torch.bool, device=masks.device)  # (H, W) is that query's own mask >= 0.5 here?
+    own, first = [], 0
+    for logits in _restore(masks[keep], window, content, size):
+        prob = logits.sigmoid()  # (n, H, W)
+        own.append((prob >= mask_threshold).flatten(1).sum(1))
+        value, index = (prob * scores[first:first + len(prob), None, None]).max(0)  # (H, W) x 2
+        better = value > best  # (H, W)
+        best = torch.where(better, value, best)
+        inside = torch.where(better, prob.gather(0, index[None])[0] >= mask_threshold, inside)
+        owner = torch.where(better, index + first, owner)
+        first += len(prob)
+    assigned = torch.bincount(owner.flatten(), minlength=len(keep))  # (k,)
+    final = torch.bincount(owner[inside], minlength=len(keep))  # (k,)
+    own = torch.cat(own)  # (k,)
+    good = (final > 0) & (assigned / own.clamp(min=1) >= overlap_threshold)  # (k,)
+    return _merge_stuff(ids, owner, inside, good.tolist(), labels, scores, thing)
+
+
+def _merge_stuff(ids, owner, inside, good, labels, scores, thing) -> Panoptic:
+    """Number the good segments 1.. in query order; stuff of one class shares a number."""
+    number, kept, stuff = [0] * len(good), [], {}
+    for k, label in enumerate(labels.tolist()):
+        if not good[k]:
+            continue
+        if not thing[label] and label in stuff:
+            number[k] = stuff[label]
+            continue
+        kept.append(k)
+        number[k] = stuff[label] = len(kept)
+    table = torch.tensor(number, dtype=torch.int32, device=ids.device)  # (k,)
+    return Panoptic(torch.where(inside, table[owner], ids), labels[kept], scores[kept])
+
+
+def instance(masks: Tensor, classes: Tensor, window, content, size, top=100) -> Instances:
+    """One image's logits to the `top` (query, class) pairs; score = class score * mean probability inside the mask."""
+    prob = classes.float().softmax(-1)[:, :-1]  # (Q, K)
+    scores, flat = prob.flatten().topk(min(top, prob.numel()))
+    query, labels = flat // prob.shape[1], flat % prob.shape[1]  # (n,), (n,)
+    out, quality = [], []
+    for logits in _restore(masks[query], window, content, size):
+        mask = logits > 0  # (n', H, W)
+        area = mask.flatten(1).sum(1)  # (n',)
+        quality.append((logits.sigmoid() * mask).flatten(1).sum(1) / (area + 1e-6))  # 1e-6 as upstream: empty -> 0
+        out.append(mask)
+    scores, order = (scores * torch.cat(quality)).sort(descending=True, stable=True)
+    return Instances(torch.cat(out)[order], labels[order], scores)
+
+
+def semantic(masks: Tensor, classes: Tensor, window) -> Tensor:
+    """Logits masks (B,Q,mh,mw), classes (B,Q,K+1) of windows -> class scores (B,K,h,w) at window size."""
+    masks = F.interpolate(masks.float(), window, mode="bilinear").sigmoid()  # (B, Q, h, w)
+    return torch.einsum("bqhw,bqk->bkhw", masks, classes.float().softmax(-1)[..., :-1])  # (B, K, h, w)
+
+
+def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 (3,H,W) to `size` with Pillow's bilinear filter, the one the published numbers were made with."""
+    import numpy as np
+    from PIL import Image
+
+    if tuple(image.shape[1:]) == tuple(size):
+        return image
+    array = np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy())  # (H, W, 3)
+    array = np.asarray(Image.fromarray(array).resize(size[::-1], Image.Resampling.BILINEAR))
+    return torch.from_numpy(array.copy()).permute(2, 0, 1).to(image.device)  # (3, h, w)
+
+
+def fit(size, window) -> tuple[int, int]:
+    """(H,W) scaled to lie inside the window; Python's round(), at least 1 pixel (1x1500 images exist)."""
+    factor = min(window[0] / size[0], window[1] / size[1])
+    return tuple(max(1, round(s * factor)) for s in size)
+
+
+def _network(model, images, mask_prob):
+    device = model.mean.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        prediction = model(images.to(device), mask_prob)[-1]
+    return Prediction(prediction.masks.float(), prediction.classes.float())
+
+
+@torch.inference_mode()
+def segment(model: nn.Module, images: list[Tensor], kind: str, window: tuple[int, int] | None = None,
+            thing: list[bool] | None = None, mask_prob: Tensor | None = None, batch: int = 8) -> list:
+    """Images uint8 (3,H,W) of any sizes -> one result each, on the model's device.
+
+    kind: "panoptic" -> Panoptic, "instance" -> Instances, "semantic" -> int64 class map (H,W).
+    window: network input (h,w), default model.meta["size"]; thing: K bools, default model.meta["thing"].
+    batch: at most this many windows go through the network at once.
+    """
+    window = window or (model.meta["size"],) * 2
+    thing = thing or model.meta.get("thing")
+    if kind == "semantic":
+        return [_segment_semantic(model, image, window, mask_prob, batch) for image in images]
+    finish = {"panoptic": partial(panoptic, thing=thing), "instance": instance}[kind]
+    results = []
+    for start in range(0, len(images), batch):
+        part = images[start:start + batch]
+        contents = [fit(image.shape[1:], window) for image in part]
+        inputs = torch.zeros(len(part), 3, *window, dtype=torch.uint8)  # (B, 3, h, w)
+        for slot, image, (h, w) in zip(inputs, part, contents, strict=True):
+            slot[:, :h, :w] = resize(image, (h, w))
+        masks, classes = _network(model, inputs, mask_prob)
+        for i, image in enumerate(part):
+            results.append(finish(masks[i], classes[i], window, contents[i], tuple(image.shape[1:])))
+    return results
+
+
+def _segment_semantic(model, image, window, mask_prob, batch):
+    """Evenly overlapping windows along the long side; class scores averaged over windows, then resized back."""
+    size = tuple(image.shape[1:])
+    factor = max(window[0] / size[0], window[1] / size[1])
+    scaled = tuple(max(w, round(s * factor)) for s, w in zip(size, window, strict=True))
+    image = resize(image, scaled)
+    axis = 0 if scaled[0] / window[0] >= scaled[1] / window[1] else 1
+    count = math.ceil(scaled[axis] / window[axis])
+    overlap = (count * window[axis] - scaled[axis]) / max(1, count - 1)
+    starts = [int(j * (window[axis] - overlap)) for j in range(count)]
+    crops = torch.stack([image.narrow(axis + 1, s, window[axis]) for s in starts])  # (n, 3, h, w)
+    total, hits = 0, torch.zeros(scaled[axis], device=model.mean.device)  # (long side,)
+    for first in range(0, count, batch):
+        scores = semantic(*_network(model, crops[first:first + batch], mask_prob), window)  # (n', K, h, w)
+        if first == 0:
+            total = scores.new_zeros(scores.shape[1], *scaled)  # (K, H', W')
+        for start, score in zip(starts[first:], scores, strict=False):
+            total.narrow(axis + 1, start, window[axis]).add_(score)
+            hits[start:start + window[axis]] += 1
+    total /= hits[:, None] if axis == 0 else hits
+    best, label = torch.full(size, -1.0, device=total.device), torch.zeros(size, dtype=torch.int64, device=total.device)
+    step = max(1, _CHUNK // (size[0] * size[1]))
+    for first in range(0, len(total), step):  # 150 classes of a 100 MP photo do not fit: running maximum
+        value, index = F.interpolate(total[None, first:first + step], size, mode="bilinear")[0].max(0)  # (H, W) x 2
+        better = value > best
+        best, label = torch.where(better, value, best), torch.where(better, index + first, label)
+    return label
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checkpoints: one strict reader for ours, the model zoo, Lightning, timm and Hugging Face names
+# ---------------------------------------------------------------------------------------------------------------
+_HEADER = "nanoeomt"  # key of our JSON in the safetensors header
+
+# (pattern, ours), applied in order to every key of a foreign file. HF = transformers' Eomt, EomtDinov3, Dinov2*,
+# DINOv3ViT; zoo = the published .bin files. A trailing "#i" marks part i of a packed tensor.
+_RENAMES = [(re.compile(pattern), ours) for pattern, ours in (
+    (r"^(module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.", ""),
+    (r"^network\.encoder\.backbone\.", "encoder."),
+    (r"^network\.(?!encoder)", ""),
+    (r"^(encoder\.|model\.)?(layers?|blocks)\.(?=\d)", "encoder.blocks."),
+    (r"^(cls_token|reg_token|pos_embed|patch_embed|norm|mask_token)(?=$|\.)", r"encoder.\1"),
+    (r"^(embeddings|encoder\.patch_embed)\.(cls_token|mask_token)$", r"encoder.\2"),
+    (r"^(embeddings|encoder\.patch_embed)\.register_tokens$", "encoder.reg_token"),
+    (r"^embeddings\.position_embeddings(\.weight)?$", "encoder.pos_embed"),
+    (r"^(embeddings|encoder\.patch_embed)\.(patch_embeddings\.)?(proj(ection)?\.)?(?=weight|bias)", "encoder.patch_embed."),
+    (r"^layernorm\.", "encoder.norm."),
+    (r"\.attention\.(attention\.)?(q_proj|query)\.(weight|bias)$", r".attn.qkv.\3#0"),
+    (r"\.attention\.(attention\.)?(k_proj|key)\.(weight|bias)$", r".attn.qkv.\3#1"),
+    (r"\.attention\.(attention\.)?(v_proj|value)\.(weight|bias)$", r".attn.qkv.\3#2"),
+    (r"\.attention\.(out_proj|o_proj|output\.dense)\.", ".attn.proj."),
+    (r"\.(ls|layer_scale)([12])\.(gamma|lambda1)$", r".ls\2"),
+    (r"\.mlp\.gate_proj\.(weight|bias)$", r".mlp.fc1.\1#0"),
+    (r"\.mlp\.up_proj\.(weight|bias)$", r".mlp.fc1.\1#1"),
+    (r"\.mlp\.weights_in\.", ".mlp.fc1."),
+    (r"\.mlp\.(weights_out|down_proj)\.", ".mlp.fc2."),
+    (r"^query\.", "q."),
+    (r"^class_predictor\.", "class_head."),
+    (r"^mask_head\.fc1\.", "mask_head.0."),
+    (r"^mask_head\.fc2\.", "mask_head.2."),
+    (r"^mask_head\.fc3\.", "mask_head.4."),
+    (r"^upscale_block\.block\.", "upscale."),
+    (r"\.layernorm2d\.", ".norm."),
+)]
+# Keys that hold no weight of the model: annealing state, constants of the input and of the loss.
+_IGNORED = re.compile(r"(^|\.)(attn_mask_probs|pixel_mean|pixel_std|empty_weight|encoder\.mask_token)$|^rope_embeddings\.")
+
+
+_FILES = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json")
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damaged(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder that carries sums in meta.json (torch and safetensors both load flipped
+    bits without a word), None if nothing."""
+    if not (folder / "meta.json").exists():
+        return None
+    try:
+        sums = json.loads((folder / "meta.json").read_text())["sha256"]
+    except (ValueError, KeyError, OSError):
+        return f"{folder}!meta.json: damaged; use another checkpoint"
+    for name, want in sums.items():
+        if not (folder / name).exists() or sha256(folder / name) != want:
+            return f"{folder}!{name}: missing or changed since it was written; use another checkpoint"
+    return None
+
+
+def find(path: str | Path) -> Path:
+    """A run folder (best, else the newest whole step), a step folder, a Hugging Face folder or a file -> weight file.
+
+    Raises ValueError if the one checkpoint that `path` names is damaged; in a run folder the next one is taken.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    steps = sorted((p for p in path.glob("step-*") if p.name[5:].isdigit()), key=lambda p: -int(p.name[5:]))
+    folders = [f for f in (path, path / "best", *steps) if any((f / name).exists() for name in _FILES)]
+    if not folders:
+        raise FileNotFoundError(f"{path}: no checkpoint in this folder; give a run, a step-* folder or a weight file")
+    faults = []
+    for folder in folders:
+        fault = damaged(folder)
+        if fault is None:
+            if faults:
+                print(f"warning: {faults[0]}; taking {folder}", file=sys.stderr)
+            return next(folder / name for name in _FILES if (folder / name).exists())
+        faults.append(fault)
+    raise ValueError(faults[0])
+
+
+def _download(name: str) -> Path:
+    """The weight file of a Hugging Face repository, where huggingface_hub is installed and can reach it."""
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise FileNotFoundError(f"{name}: no such file; for a Hugging Face name pip install huggingface_hub") from None
+    error = None
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        try:
+            weights = Path(hf_hub_download(name, file))
+            if file == "model.safetensors":
+                hf_hub_download(name, "config.json")
+            return weights
+        except Exception as e:  # the hub raises many types; all of them mean that the file was not fetched
+            error = error or e
+    raise FileNotFoundError(f"{name}: no such file here and not fetched from Hugging Face ({type(error).__name__}); "
+                            f"download model.safetensors or pytorch_model.bin of {name} and give its path")
+
+
+def _raw(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """Tensors of a weight file as they are named there, and our JSON header ({} in foreign files)."""
+    if not path.exists():
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.parent.exists():
+            path = _download(str(path))
+        else:
+            raise FileNotFoundError(f"{path}: no such checkpoint; give a run folder, a weight file or a HF name")
+    with open(path, "rb") as file:
+        head = file.read(256)
+    for sign, what in ((b"", "empty"), (b"<", "an HTML page"), (b"version https://git-lfs", "a git-lfs pointer")):
+        if head == sign or sign and head.lstrip().lower().startswith(sign):
+            raise ValueError(f"{path}: the file is {what}, not weights; download it again")
+    if path.name.endswith(".index.json"):
+        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        return {k: v for shard in shards for k, v in _raw(path.parent / shard)[0].items()}, {}
+    if path.suffix == ".safetensors":
+        return _raw_safetensors(path)
+    return _raw_pickle(path), {}
+
+
+def _raw_safetensors(path):
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), "pt") as file:
+            header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+            return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118 (not a dict)
+    except (SafetensorError, ValueError) as e:
+        raise ValueError(f"{path}: cut or damaged safetensors file ({str(e).splitlines()[0]}); "
+                         "copy or download it again") from None
+
+
+def _raw_pickle(path):
+    import pickle
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:
+        if re.search(r"unsupported (global|class)|instantiate|not allowed", str(e).lower()):
+            raise ValueError(f"{path}: refused: holds code, not only tensors; ask its author for safetensors") from None
+        raise ValueError(f"{path}: cut or damaged file; copy or download it again") from None
+    except (RuntimeError, EOFError, ValueError, KeyError) as e:
+        raise ValueError(f"{path}: cut or damaged file ({str(e).splitlines()[0]}); copy or download it again") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: holds a {type(state).__name__}, not a dictionary of tensors; export a state dict")
+    state = state.get("state_dict", state)  # Lightning keeps it one level down
+    bad = [k for k, v in state.items() if not isinstance(v, Tensor)]
+    if bad:
+        raise ValueError(f"{path}!{bad[0]}: not a tensor; give a file that holds a state dict")
+    return state
+
+
+def _rename(raw, path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Foreign tensors under our names, and for every one of ours the key it came from (for error messages)."""
+    dinov3 = not any(re.search(r"pos_embed$|position_embeddings", key) for key in raw)
+    state, origin, parts = {}, {}, {}
+    for key, value in raw.items():
+        name = key
+        for pattern, ours in _RENAMES:
+            name = pattern.sub(ours, name)
+        if _IGNORED.search(name):
+            continue
+        name, _, part = name.partition("#")
+        if dinov3 and ".mlp.fc1." in name:
+            part = ""  # DINOv3 calls its single projection up_proj
+        if name in origin and not part:
+            raise ValueError(f"{path}!{key}: the same tensor as {origin[name]}; remove one of them")
+        origin[name] = key
+        if part:
+            parts.setdefault(name, {})[int(part)] = value
+        else:
+            state[name] = value
+    for name, pieces in parts.items():
+        count = 3 if ".qkv." in name else 2
+        if dinov3 and name.endswith("qkv.bias") and 1 not in pieces:
+            pieces[1] = torch.zeros_like(pieces[0])  # DINOv3's keys have no bias
+        if len(pieces) != count:
+            raise ValueError(f"{path}!{origin[name]}: {count - len(pieces)} part(s) of {name} missing; "
+                             "the file is not whole")
+        state[name] = torch.cat([pieces[i] for i in range(count)])
+    if "encoder.pos_embed" in state:
+        state["encoder.pos_embed"] = state["encoder.pos_embed"].reshape(1, -1, state["encoder.pos_embed"].shape[-1])
+    return state, origin
+
+
+def _infer(state, raw, hints) -> dict:
+    """Model configuration from tensor shapes; `hints` (a Hugging Face config.json) may give heads, eps, blocks."""
+    kernel = state["encoder.patch_embed.weight"]
+    width, patch = kernel.shape[0], kernel.shape[-1]
+    depth = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.blocks."))
+    hidden = state["encoder.blocks.0.mlp.fc2.weight"].shape[1]
+    swiglu = state["encoder.blocks.0.mlp.fc1.weight"].shape[0] == 2 * hidden
+    positions = state.get("encoder.pos_embed")
+    grid = (40, 40) if positions is None else (math.isqrt(positions.shape[1]),) * 2
+    encoder = dict(width=width, depth=depth, heads=hints.get("num_attention_heads", max(1, width // 64)), patch=patch,
+                   grid=list(grid), registers=state["encoder.reg_token"].shape[1] if "encoder.reg_token" in state else 0,
+                   ffn=hidden, swiglu=swiglu, rope=100.0 if positions is None else None,
+                   eps=hints.get("layer_norm_eps", 1e-5 if positions is None else 1e-6))
+    if "q.weight" not in state:
+        return dict(encoder=encoder)
+    probs = next((v for k, v in raw.items() if k.endswith("attn_mask_probs")), None)
+    blocks = len(probs) if probs is not None and probs.ndim else default_num_blocks(depth)
+    return dict(encoder=encoder, num_classes=state["class_head.weight"].shape[0] - 1,
+                num_queries=len(state["q.weight"]), num_blocks=hints.get("num_blocks", blocks))
+
+
+def read(path: str | Path) -> tuple[dict, dict[str, Tensor], dict]:
+    """Any supported checkpoint -> (config, state under our names, meta). Encoder-only files give config["encoder"].
+
+    Raises FileNotFoundError or ValueError with one line; nothing in a file is ever executed.
+    """
+    path = find(path)
+    raw, header = _raw(path)
+    bad = [key for key, value in raw.items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        raise ValueError(f"{path}!{bad[0]}: NaN or Inf in {len(bad)} tensor(s); the file is damaged or diverged")
+    if header:
+        return header["config"], raw, header["meta"]
+    hints, sibling = {}, path.parent / "config.json"
+    if path.suffix != ".bin" and sibling.exists():
+        hints = json.loads(sibling.read_text())
+    state, origin = _rename(raw, path)
+    if "encoder.patch_embed.weight" not in state:
+        raise ValueError(f"{path}: no key of an EoMT, DINOv2 or DINOv3 ({len(raw)} keys, e.g. {next(iter(raw), '-')}); "
+                         "give an EoMT checkpoint")
+    state = _tidy(state, hints)
+    return _infer(state, raw, hints), state, {"origin": origin}
+
+
+def _tidy(state, hints):
+    """Position tables that count the cls token (HF DINOv2): its row moves into cls_token. fp16/bf16 become fp32."""
+    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    positions = state.get("encoder.pos_embed")
+    if positions is not None and math.isqrt(positions.shape[1]) ** 2 == positions.shape[1] - 1:
+        state["encoder.cls_token"] = state["encoder.cls_token"] + positions[:, :1]
+        state["encoder.pos_embed"] = positions[:, 1:]
+    return state
+
+
+def build(config: dict) -> EoMT:
+    """The model of a checkpoint's config, with random weights."""
+    config = dict(config)
+    return EoMT(ViT(**config.pop("encoder")), **config)
+
+
+def fill(model: nn.Module, state: dict[str, Tensor], path, origin=None, skip: tuple[str, ...] = ()):
+    """Strict load: every missing, unexpected or misshapen key outside the prefixes `skip` is named in one error."""
+    own, origin = model.state_dict(), origin or {}
+    state = {k: v for k, v in state.items() if not k.startswith(skip or "\0")}
+    own = {k: v for k, v in own.items() if not k.startswith(skip or "\0")}
+    faults = [f"missing {k}" for k in own if k not in state]
+    faults += [f"unexpected {origin.get(k, k)}" for k in state if k not in own]
+    faults += [f"{origin.get(k, k)} has shape {tuple(v.shape)}, the model wants {tuple(own[k].shape)}"
+               for k, v in state.items() if k in own and v.shape != own[k].shape]
+    if faults:
+        more = f" and {len(faults) - 6} more" if len(faults) > 6 else ""
+        raise ValueError(f"{path}: {'; '.join(faults[:6])}{more}; give the checkpoint of this model")
+    model.load_state_dict(state, strict=False)
+
+
+def load(path: str | Path, device="cpu") -> EoMT:
+    """An evaluation-ready EoMT from any checkpoint `read` knows; `model.meta` holds what the checkpoint says of it."""
+    config, state, meta = read(path)
+    if "num_classes" not in config:
+        raise ValueError(f"{path}: an encoder without queries and heads; give it to train.py --encoder-weights")
+    model = build(config)
+    fill(model, state, path, meta.pop("origin", None))
+    side = config["encoder"]["grid"][0] * config["encoder"]["patch"]
+    model.meta = {"size": side, **meta}
+    return model.to(device).eval()
+
+
+def load_encoder(encoder: ViT, path: str | Path):
+    """Pretrained DINOv2 / DINOv3 weights (timm, Hugging Face or an EoMT) into `encoder`; kernel and positions are
+    resampled to its patch size and grid once, here."""
+    config, state, meta = read(path)
+    state = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
+    state["patch_embed.weight"] = resample_patch(state["patch_embed.weight"], encoder.patch)
+    if "pos_embed" in state and encoder.pos_embed is not None:
+        state["pos_embed"] = resample_positions(state["pos_embed"], tuple(config["encoder"]["grid"]), encoder.grid)
+    if "reg_token" not in state:
+        state["reg_token"] = encoder.reg_token.detach()[:, :0]
+    fill(encoder, state, path, {k.removeprefix("encoder."): v for k, v in meta.get("origin", {}).items()})
+
+
+def save(path: str | Path, model: EoMT, **meta):
+    """Weights and a JSON header {config, meta} in one safetensors file, enough for `load`, eval.py and predict.py."""
+    from safetensors.torch import save_file
+
+    header = json.dumps(dict(config=dict(encoder=model.encoder.config, **model.config), meta=meta))
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    save_file(state, str(path), {_HEADER: header})
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)  # safetensors leaves 0600

@@ -1,0 +1,238 @@
+"""Images to pictures and JSON, from a checkpoint of ours, the model zoo or Hugging Face.
+
+    python predict.py --ckpt runs/quick photo.jpg                    # photo.overlay.png, photo.png + predictions.json
+    python predict.py --ckpt coco_panoptic_eomt_large_640.bin photos/ "more/*.jpg" --out results
+
+Panoptic results come in COCO's submission layout: NAME.png with id = R + 256 G + 65536 B, and predictions.json. The
+drawing functions here also serve train.py's pictures; they need Pillow only.
+"""
+# SPDX-License-Identifier: MIT
+import argparse
+import colorsys
+import glob
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps
+from tqdm import tqdm
+
+import data
+import eomt
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Drawing
+# ------------------------------------------------------------------------------------------------------------
+def colour(index: int) -> tuple[int, int, int]:
+    """The index-th of endless well-separated colours: golden-ratio hues, three strengths."""
+    red, green, blue = colorsys.hsv_to_rgb(index * 0.618034 % 1, (0.85, 0.6, 1.0)[index % 3], (1.0, 0.85, 0.7)[index // 3 % 3])
+    return int(255 * red), int(255 * green), int(255 * blue)
+
+
+def overlay(image: np.ndarray, ids: np.ndarray, words: list[str], alpha=0.55) -> Image.Image:
+    """Photo uint8 (H,W,3), id map (H,W) with 0 = nothing and segment s = s + 1, a word for each segment -> picture."""
+    table = np.array([(0, 0, 0), *(colour(s) for s in range(len(words)))], np.float32)  # (S+1, 3)
+    mixed = np.where(ids[..., None] > 0, (1 - alpha) * image + alpha * table[ids], 0.4 * image)  # (H, W, 3)
+    edge = np.zeros(ids.shape, bool)  # (H, W)
+    edge[:, 1:] |= ids[:, 1:] != ids[:, :-1]
+    edge[1:] |= ids[1:] != ids[:-1]
+    mixed[edge] = 255
+    picture = Image.fromarray(mixed.astype(np.uint8))
+    draw = ImageDraw.Draw(picture)
+    for s, word in enumerate(words):
+        rows, columns = np.nonzero(ids == s + 1)
+        if len(rows) and min(image.shape[:2]) >= 96:  # a word does not fit on a thumbnail
+            middle = len(rows) // 2
+            draw.text((columns[middle], rows[middle]), word, fill="white", stroke_width=1, stroke_fill="black", anchor="mm")
+    return picture
+
+
+def instance_ids(result: eomt.Instances, threshold=0.5) -> tuple[np.ndarray, list[int]]:
+    """One id map (H,W) of the instances above the score threshold, best on top, and their rows."""
+    rows = (result.scores >= threshold).nonzero()[:, 0].tolist()
+    ids = np.zeros(tuple(result.masks.shape[1:]), np.int32)  # (H, W)
+    for number, row in reversed(list(enumerate(rows, 1))):
+        ids[result.masks[row].cpu().numpy()] = number
+    return ids, rows
+
+
+def layers(result, kind, names) -> tuple[np.ndarray, list[dict]]:
+    """A result as one id map (H,W), 0 = nothing, and a row per segment: id, category, name, score, area."""
+    if kind == "panoptic":
+        ids, labels, scores = result.ids.cpu().numpy(), result.labels.tolist(), result.scores.tolist()
+    elif kind == "instance":
+        ids, rows = instance_ids(result)
+        labels, scores = result.labels[rows].tolist(), result.scores[rows].tolist()
+    else:
+        labels, ids = np.unique(result.cpu().numpy(), return_inverse=True)
+        labels, ids, scores = labels.tolist(), ids.reshape(result.shape).astype(np.int32) + 1, [None] * len(labels)
+    areas = np.bincount(ids.ravel(), minlength=len(labels) + 1)
+    rows = [dict(id=s + 1, category=label, name=names[label], score=score, area=int(areas[s + 1]))
+            for s, (label, score) in enumerate(zip(labels, scores, strict=True))]
+    return ids, rows
+
+
+def draw_comparison(model, dataset, path, count=6):
+    """Rows of photo | target | prediction for the first validation images, scaled to a common height."""
+    meta, strips = model.meta, []
+    model.eval()
+    for index in range(min(count, len(dataset))):
+        sample = dataset[index]
+        photo = sample.image.permute(1, 2, 0).numpy()  # (H, W, 3)
+        truth = np.zeros(photo.shape[:2], np.int32)  # (H, W)
+        for t, mask in enumerate(sample.target.masks().numpy()):
+            truth[mask] = t + 1
+        words = [meta["names"][k] for k in sample.target.labels.tolist()]
+        result = eomt.segment(model, [sample.image], meta["kind"])[0]
+        ids, rows = layers(result, meta["kind"], meta["names"])
+        parts = [Image.fromarray(photo), overlay(photo, truth, words), overlay(photo, ids, [r["name"] for r in rows])]
+        size = (round(200 * photo.shape[1] / photo.shape[0]), 200)
+        strip = Image.new("RGB", (3 * size[0] + 8, size[1]), "white")
+        for k, part in enumerate(parts):
+            strip.paste(part.resize(size, Image.Resampling.NEAREST), (k * (size[0] + 4), 0))
+        strips.append(strip)
+    sheet = Image.new("RGB", (max(s.width for s in strips), sum(s.height + 4 for s in strips)), "white")
+    for k, strip in enumerate(strips):
+        sheet.paste(strip, (0, k * (strip.height + 4)))
+    sheet.save(path)
+
+
+def draw_chart(series: dict[str, list[tuple[float, float]]], path, size=(860, 260)):
+    """One panel per series of (x, y), each on its own scale, below each other."""
+    sheet = Image.new("RGB", (size[0], size[1] * max(1, len(series))), "white")
+    draw = ImageDraw.Draw(sheet)
+    for k, (name, points) in enumerate(series.items()):
+        left, top, right, bottom = 70, k * size[1] + 24, size[0] - 20, (k + 1) * size[1] - 30
+        x, y = np.array(points, float).T
+        low, high = y.min(), max(y.max(), y.min() + 1e-12)
+        px = left + (x - x.min()) / max(np.ptp(x), 1) * (right - left)
+        py = bottom - (y - low) / (high - low) * (bottom - top)
+        draw.rectangle((left, top, right, bottom), outline="#bbbbbb")
+        draw.line(list(zip(px, py, strict=True)), fill=colour(k), width=2)
+        draw.text((left, top - 18), f"{name}   last {y[-1]:.4g}", fill="black")
+        for value, at in ((high, top), (low, bottom)):
+            draw.text((left - 6, at), f"{value:.3g}", fill="black", anchor="rm")
+        for value, at in ((x.min(), left), (x.max(), right)):
+            draw.text((at, bottom + 6), f"{value:.0f}", fill="black", anchor="mt")
+    sheet.save(path)
+
+
+def draw_bars(rows: list[tuple[str, float]], path, width=700):
+    """A horizontal bar per (name, value in percent), best first; nan = the class never occurred."""
+    rows = sorted(((n, v) for n, v in rows if v == v), key=lambda row: -row[1])
+    sheet = Image.new("RGB", (width, 16 * len(rows) + 16), "white")
+    draw = ImageDraw.Draw(sheet)
+    for k, (name, value) in enumerate(rows):
+        top = 8 + 16 * k
+        draw.text((210, top + 7), name[:34], fill="black", anchor="rm")
+        draw.rectangle((220, top + 1, 220 + (width - 280) * value / 100, top + 13), fill="#4a78c8")
+        draw.text((width - 50, top + 7), f"{value:.1f}", fill="black", anchor="lm")
+    sheet.save(path)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Command line
+# ------------------------------------------------------------------------------------------------------------
+def expand(patterns: list[str]) -> list[Path]:
+    """Images named by files, folders and globs, in that order, none twice."""
+    found = {}
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_dir():
+            hits = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+        else:
+            hits = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
+        if not hits:
+            raise FileNotFoundError(f"{pattern}: no image there; give an image, a folder or a glob in quotes")
+        found |= dict.fromkeys(hits)
+    return list(found)
+
+
+def open_image(path: Path) -> torch.Tensor:
+    """uint8 (3,H,W), turned upright by its EXIF tag; grey, palette, CMYK and RGBA become RGB."""
+    try:
+        with Image.open(path) as picture:
+            array = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))  # (H, W, 3)
+    except data.UNDECODABLE as error:
+        raise ValueError(f"{path}: cannot be decoded ({error}); give a JPEG or PNG") from None
+    return torch.from_numpy(array.copy()).permute(2, 0, 1)
+
+
+def complete_meta(model, source):
+    """What files of other projects do not say: kind and class names, from the task whose class count fits."""
+    if "kind" in model.meta:
+        return
+    fits = [t for t in data.TASKS.values() if len(t.vocabulary.names) == model.config["num_classes"]]
+    if not fits:
+        raise ValueError(f"{source}: {model.config['num_classes']} classes fit no known task; train or save it with ours")
+    words = fits[0].vocabulary
+    model.meta |= dict(kind=fits[0].kind, names=list(words.names), ids=list(words.ids), thing=list(words.thing))
+
+
+def write_result(path: Path, image, result, meta, out: Path, number: int) -> dict:
+    """NAME.overlay.png and NAME.png (ids); returns the row of predictions.json."""
+    ids, rows = layers(result, meta["kind"], meta["names"])
+    for row in rows:
+        row["category_id"] = meta["ids"][row.pop("category")]
+    photo = image.permute(1, 2, 0).numpy()  # (H, W, 3)
+    words = [r["name"] if r["score"] is None else f"{r['name']} {r['score']:.2f}" for r in rows]
+    overlay(photo, ids, words).save(out / f"{path.stem}.overlay.png")
+    channels = np.stack([ids & 255, ids >> 8 & 255, ids >> 16 & 255], -1).astype(np.uint8)  # (H, W, 3)
+    Image.fromarray(channels).save(out / f"{path.stem}.png")
+    return dict(image_id=int(path.stem) if path.stem.isdigit() else number, file_name=f"{path.stem}.png",
+                image=path.name, segments_info=rows)
+
+
+def parser():
+    top = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    top.add_argument("images", nargs="+", help="images, folders or globs")
+    top.add_argument("--ckpt", required=True, help="run folder (best, else newest), step folder, file or HF name")
+    top.add_argument("--out", default="predictions", help="folder for the results")
+    top.add_argument("--size", type=int, default=0, help="network input side; default: the checkpoint's")
+    top.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return top
+
+
+def run(args):
+    model = eomt.load(args.ckpt, args.device)
+    complete_meta(model, args.ckpt)
+    if args.size % model.encoder.patch:
+        raise ValueError(f"--size {args.size}: not a multiple of the patch size {model.encoder.patch}")
+    model.meta["size"] = args.size or model.meta["size"]
+    paths, out = expand(args.images), Path(args.out)
+    stems = [path.stem for path in paths]
+    twice = next((p for p in paths if stems.count(p.stem) > 1), None)
+    if twice:
+        raise ValueError(f"{twice}: two images of this name would write one result; predict them into two --out folders")
+    out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number, path in enumerate(tqdm(paths, unit="img", disable=not sys.stderr.isatty())):
+        image = open_image(path)
+        result = eomt.segment(model, [image], model.meta["kind"])[0]
+        rows.append(write_result(path, image, result, model.meta, out, number))
+        found = ", ".join(r["name"] for r in rows[-1]["segments_info"]) or "nothing"
+        print(f"{path}: {found} -> {out / path.stem}.overlay.png")
+    (out / "predictions.json").write_text(json.dumps(dict(annotations=rows), indent=1))
+
+
+def main():
+    args = parser().parse_args()
+    try:
+        run(args)
+    except (ValueError, OSError, RuntimeError) as error:
+        if args.debug:
+            raise
+        print(f"error: {str(error).splitlines()[0] if str(error) else type(error).__name__}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,514 @@
+"""eomt.py against transformers' EoMT, and its own properties."""
+# SPDX-License-Identifier: MIT
+import json
+import re
+import sys
+
+import pytest
+import torch
+
+import eomt
+from eomt import ENCODERS, EoMT, ViT, anneal, anneal_windows, load, load_encoder, save
+
+ATOL = 1e-4  # on mask logits of size ~20; a relative tolerance would hide a wrong LayerNorm eps
+
+
+def transformers():
+    sys.modules.setdefault("torchvision", None)  # a torchvision of another torch breaks the import; none is needed
+    return pytest.importorskip("transformers")
+
+
+def normalised(images):
+    mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (eomt.IMAGENET_MEAN, eomt.IMAGENET_STD))
+    return (images.float() / 255 - mean) / std
+
+
+def images(*shape, seed=0):
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def randomise(model, seed=0):
+    """Weights large enough for mask logits of a realistic size, every tensor its own."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if "lambda" in name or ".ls" in name or ("norm" in name and name.endswith("weight")):
+                p.copy_(1 + 0.1 * noise)
+            elif p.ndim == 1 or "token" in name or "pos" in name:
+                p.copy_(0.3 * noise)
+            elif "query" in name or name.endswith("q.weight"):
+                p.copy_(noise)
+            else:
+                p.copy_(noise * 1.3 / p[0].numel() ** 0.5)
+    return model
+
+
+def hf_eomt(tmp_path, patch=16, side=64, swiglu=False, depth=4, blocks=2, width=64, heads=2, **more):
+    """A small transformers Eomt with random weights, and the same loaded by us from its saved folder."""
+    t = transformers()
+    config = t.EomtConfig(hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads, image_size=side,
+                          patch_size=patch, num_blocks=blocks, num_queries=7, use_swiglu_ffn=swiglu,
+                          num_upscale_blocks=2 if patch == 16 else 1, num_labels=5, **more)
+    config._attn_implementation = "eager"
+    theirs = randomise(t.EomtForUniversalSegmentation(config)).eval()
+    theirs.save_pretrained(tmp_path)
+    return theirs, load(tmp_path)
+
+
+def compare(theirs, ours, pixels, mask_prob=None):
+    with torch.no_grad():
+        want = theirs(pixel_values=normalised(pixels))
+        got = ours(pixels, mask_prob)[-1]
+    assert want.masks_queries_logits.std() > 3  # large enough for the absolute tolerance to mean something
+    torch.testing.assert_close(got.masks, want.masks_queries_logits, rtol=0, atol=ATOL)
+    torch.testing.assert_close(got.classes, want.class_queries_logits, rtol=0, atol=ATOL)
+
+
+# ---- parity -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("patch,side,swiglu", [(16, 64, False), (14, 70, False), (16, 96, True), (8, 32, False)])
+def test_parity_unmasked(tmp_path, patch, side, swiglu):
+    theirs, ours = hf_eomt(tmp_path, patch, side, swiglu)
+    theirs.attn_mask_probs.fill_(0)
+    compare(theirs, ours, images(2, 3, side, side))
+
+
+@pytest.mark.parametrize("patch,side", [(16, 96), (14, 84), (8, 48)])
+def test_parity_masked(tmp_path, patch, side):
+    theirs, ours = hf_eomt(tmp_path, patch, side)
+    pixels = images(2, 3, side, side)
+    compare(theirs, ours, pixels, torch.ones(2))
+    unmasked, masked = ours(pixels)[-1], ours(pixels, torch.ones(2))[-1]
+    assert (unmasked.masks - masked.masks).abs().max() > 1e-2  # the masks do something here
+
+
+def test_parity_masked_open_after_masked(tmp_path):
+    """A block with P = 0 after one with P > 0 is open; transformers re-uses the old mask there, so it is told to
+    drop every query (probability just above 0) instead."""
+    theirs, ours = hf_eomt(tmp_path, side=96, depth=4, blocks=3)
+    theirs.attn_mask_probs.copy_(torch.tensor([1.0, 1e-12, 1e-12]))
+    torch.manual_seed(0)
+    compare(theirs, ours, images(2, 3, 96, 96), torch.tensor([1.0, 0.0, 0.0]))
+
+
+def test_parity_all_predictions_and_gradients(tmp_path):
+    theirs, ours = hf_eomt(tmp_path)
+    theirs.train(), ours.train()
+    pixels = images(2, 3, 64, 64)
+    seen = []
+    predict = theirs.predict
+    theirs.predict = lambda x: seen.append(predict(x)) or seen[-1]
+    theirs(pixel_values=normalised(pixels))
+    got = ours(pixels, torch.ones(2))
+    assert len(got) == len(seen) == 3
+    for (want_masks, want_classes), prediction in zip(seen, got, strict=True):
+        torch.testing.assert_close(prediction.masks, want_masks, rtol=0, atol=ATOL)
+        torch.testing.assert_close(prediction.classes, want_classes, rtol=0, atol=ATOL)
+    loss = lambda pairs: sum((m.sin().mean() + c.sin().mean()) for m, c in pairs)  # noqa: E731
+    loss(seen).backward(), loss(got).backward()
+    want = {k: p.grad for k, p in theirs.named_parameters() if p.grad is not None}
+    state, _ = eomt._rename(want, "gradients")
+    missing = [k for k, p in ours.named_parameters() if k not in state]
+    assert not missing
+    for name, p in ours.named_parameters():
+        torch.testing.assert_close(p.grad, state[name].reshape(p.shape), rtol=1e-3, atol=1e-5)
+
+
+def test_parity_rectangular(tmp_path):
+    """Both peers take only the built size; a non-square input must equal a peer built with those positions."""
+    theirs, ours = hf_eomt(tmp_path, side=64)
+    theirs.attn_mask_probs.fill_(0)
+    table = eomt.resample_positions(ours.encoder.pos_embed, (4, 4), (6, 3))  # (1, 18, C)
+    theirs.embeddings.position_embeddings = torch.nn.Embedding.from_pretrained(table[0].detach())
+    theirs.embeddings.position_ids = torch.arange(18)[None]
+    theirs.grid_size = (6, 3)
+    compare(theirs, ours, images(2, 3, 96, 48))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_parity_dinov3(tmp_path, masked):
+    t = transformers()
+    config = t.EomtDinov3Config(hidden_size=64, num_hidden_layers=4, num_attention_heads=2, intermediate_size=256,
+                                image_size=96, patch_size=16, num_blocks=2, num_queries=7, num_labels=5,
+                                num_register_tokens=4, layer_norm_eps=1e-5)
+    config._attn_implementation = "eager"
+    theirs = randomise(t.EomtDinov3ForUniversalSegmentation(config)).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = load(tmp_path)
+    theirs.attn_mask_probs.fill_(float(masked))
+    compare(theirs, ours, images(2, 3, 96, 96), torch.ones(2) if masked else None)
+
+
+def zoo_state(model, blocks):
+    """A model-zoo style state dict (upstream's names) from one of our models."""
+    state = {}
+    for key, value in model.state_dict().items():
+        key = re.sub(r"\.ls([12])$", r".ls\1.gamma", key)
+        key = key.replace("encoder.patch_embed.", "encoder.patch_embed.proj.")
+        key = key.replace("encoder.", "encoder.backbone.")
+        state[f"network.{key}"] = value
+    state["network.attn_mask_probs"] = torch.ones(blocks)
+    state["network.encoder.pixel_mean"] = torch.tensor(eomt.IMAGENET_MEAN).reshape(1, 3, 1, 1)
+    state["network.encoder.pixel_std"] = torch.tensor(eomt.IMAGENET_STD).reshape(1, 3, 1, 1)
+    state["criterion.empty_weight"] = torch.ones(model.config["num_classes"] + 1)
+    return state
+
+
+def test_zoo_vit_large_equals_transformers(tmp_path):
+    """The published layout: 366 keys, ViT-L; 160 px keep it small."""
+    t = transformers()
+    side = 160
+    ours = randomise(EoMT(ViT(**ENCODERS["dinov2_large"], grid=(10, 10)), 133))
+    state = zoo_state(ours, 4)
+    assert len(state) == 366
+    path = tmp_path / "coco_panoptic_eomt_large.bin"
+    torch.save(state, path)
+    loaded = load(path)
+    assert loaded.config == dict(num_classes=133, num_queries=200, num_blocks=4)
+    theirs = t.EomtForUniversalSegmentation(t.EomtConfig(image_size=side, num_labels=133)).eval()
+    theirs.load_state_dict(hf_state(ours), strict=False)
+    theirs.attn_mask_probs.fill_(0)
+    compare(theirs, loaded, images(1, 3, side, side))
+
+
+def hf_state(model):
+    """transformers' new spelling, from the table of the specification (written apart from the reader's)."""
+    out = {}
+    for key, value in model.state_dict().items():
+        if ".attn.qkv." in key:
+            for part, piece in zip("qkv", value.chunk(3), strict=True):
+                name = key.replace("encoder.blocks.", "layers.").replace("attn.qkv", f"attention.{part}_proj")
+                out[name] = piece
+            continue
+        for a, b in (("encoder.blocks.", "layers."), ("attn.proj", "attention.out_proj"), ("ls1", "layer_scale1.lambda1"),
+                     ("ls2", "layer_scale2.lambda1"), ("encoder.norm", "layernorm"), ("class_head", "class_predictor"),
+                     ("encoder.patch_embed", "embeddings.patch_embeddings.projection"),
+                     ("encoder.cls_token", "embeddings.cls_token"), ("encoder.reg_token", "embeddings.register_tokens"),
+                     ("mask_head.0", "mask_head.fc1"), ("mask_head.2", "mask_head.fc2"), ("mask_head.4", "mask_head.fc3")):
+            key = key.replace(a, b)
+        if key.startswith("upscale."):
+            key = key.replace("upscale.", "upscale_block.block.").replace(".norm.", ".layernorm2d.")
+        if key == "q.weight":
+            key = "query.weight"
+        if key == "encoder.pos_embed":
+            key, value = "embeddings.position_embeddings.weight", value[0]
+        out[key] = value
+    return out
+
+
+def test_load_spellings_agree(tmp_path):
+    """Zoo, Lightning (module. and _orig_mod. inside), HF safetensors and old giant names: one model."""
+    from safetensors.torch import save_file
+
+    model = randomise(EoMT(ViT(64, 4, 1, 16, (4, 4), swiglu=True, ffn=170), 5, 7, 2)).eval()
+    zoo, hf = zoo_state(model, 2), hf_state(model)
+    old = {re.sub(r"mlp\.fc1", "mlp.weights_in", re.sub(r"mlp\.fc2", "mlp.weights_out", k)): v for k, v in hf.items()}
+    new = {k: v for k, v in hf.items() if ".mlp." not in k}
+    for k, v in hf.items():
+        if ".mlp.fc1." in k:
+            new[k.replace("fc1", "gate_proj")], new[k.replace("fc1", "up_proj")] = v.chunk(2)
+        elif ".mlp.fc2." in k:
+            new[k.replace("fc2", "down_proj")] = v
+    torch.save(zoo, tmp_path / "zoo.bin")
+    torch.save({"state_dict": {k.replace("network.", "network._orig_mod.", 1): v for k, v in zoo.items()}, "epoch": 3},
+               tmp_path / "light.ckpt")
+    torch.save({f"module.{k}": v for k, v in old.items()}, tmp_path / "old.bin")
+    save_file({k: v.contiguous() for k, v in new.items()}, tmp_path / "new.safetensors")
+    pixels = images(1, 3, 64, 64)
+    want = model(pixels)[-1]
+    for name in ("zoo.bin", "light.ckpt", "old.bin", "new.safetensors"):
+        got = load(tmp_path / name)
+        got.num_blocks = 2  # files without attn_mask_probs do not say it; unmasked it changes where queries join
+        if name in ("old.bin", "new.safetensors"):
+            assert got.config["num_blocks"] == 1
+        torch.testing.assert_close(got(pixels)[-1].masks, want.masks, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["altered", "missing", "extra", "shape"])
+def test_load_names_the_key(tmp_path, kind):
+    model = EoMT(ViT(64, 4, 1, 16, (4, 4)), 5, 7, 2)
+    state = zoo_state(model, 2)
+    key = "network.encoder.backbone.blocks.2.mlp.fc1.weight"
+    value = state.pop(key)
+    name = {"altered": key + "x", "extra": "network.extra", "missing": None, "shape": key}[kind]
+    if kind == "extra":
+        state[key] = value
+    if name:
+        state[name] = value.mT[:, :7] if kind == "shape" else value
+    torch.save(state, tmp_path / "m.bin")
+    with pytest.raises(ValueError) as error:
+        load(tmp_path / "m.bin")
+    text = str(error.value)
+    assert "\n" not in text and "m.bin" in text
+    assert (name or "encoder.blocks.2.mlp.fc1.weight") in text
+    if kind == "shape":
+        assert str(tuple(value.shape)) in text
+
+
+def test_load_dinov2_encoder_from_transformers(tmp_path):
+    t = transformers()
+    config = t.Dinov2WithRegistersConfig(hidden_size=64, num_hidden_layers=3, num_attention_heads=1, patch_size=14,
+                                         image_size=70, num_register_tokens=4)
+    theirs = randomise(t.Dinov2WithRegistersModel(config)).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = ViT(64, 3, 1, 14, (5, 5)).eval()
+    load_encoder(ours, tmp_path)
+    pixels = torch.randn(2, 3, 70, 70)
+    x, grid = ours.embed(pixels)
+    for block in ours.blocks:
+        x = block(x, ours.attention(grid))
+    want = theirs(pixel_values=pixels).last_hidden_state
+    torch.testing.assert_close(ours.norm(x), want, rtol=0, atol=ATOL)
+    resampled = ViT(64, 3, 1, 16, (8, 8))  # the published models: patch 14 -> 16, 37x37 -> the task's grid
+    load_encoder(resampled, tmp_path)
+    torch.testing.assert_close(resampled.blocks[1].attn.qkv.weight, ours.blocks[1].attn.qkv.weight)
+
+
+def test_load_dinov3_encoder_from_transformers(tmp_path):
+    t = transformers()
+    config = t.DINOv3ViTConfig(hidden_size=64, num_hidden_layers=3, num_attention_heads=2, intermediate_size=256,
+                               patch_size=16, image_size=64, num_register_tokens=4)
+    theirs = randomise(t.DINOv3ViTModel(config)).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = ViT(64, 3, 2, 16, (4, 6), rope=100.0, eps=1e-5).eval()
+    load_encoder(ours, tmp_path)
+    pixels = torch.randn(2, 3, 64, 96)
+    x, grid = ours.embed(pixels)
+    for block in ours.blocks:
+        x = block(x, ours.attention(grid))
+    torch.testing.assert_close(ours.norm(x), theirs(pixel_values=pixels).last_hidden_state, rtol=0, atol=ATOL)
+
+
+def test_resample_patch_keeps_embedding():
+    """What FlexiViT promises: a patch resized up has the same embedding under the resampled kernel."""
+    kernel, patch = torch.randn(8, 3, 14, 14, dtype=torch.double), torch.randn(1, 3, 14, 14, dtype=torch.double)
+    bigger = torch.nn.functional.interpolate(patch, (16, 16), mode="bicubic", antialias=True)
+    want = torch.einsum("ochw,bchw->bo", kernel, patch)
+    got = torch.einsum("ochw,bchw->bo", eomt.resample_patch(kernel, 16), bigger)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+# ---- properties -------------------------------------------------------------------------------------------------
+def tiny(num_queries=6, num_blocks=2, patch=8, **encoder):
+    torch.manual_seed(0)
+    return randomise(EoMT(ViT(32, 3, 2, patch, (4, 4), **encoder), 3, num_queries, num_blocks)).eval()
+
+
+def test_forward_batched_equals_single():
+    model, pixels = tiny(), images(3, 3, 32, 48)
+    batched = model(pixels, torch.ones(2))[-1].masks
+    for i in range(3):
+        torch.testing.assert_close(model(pixels[i:i + 1], torch.ones(2))[-1].masks[0], batched[i], rtol=0, atol=1e-5)
+
+
+def test_forward_number_of_predictions():
+    model, pixels = tiny(), images(1, 3, 32, 32)
+    assert len(model(pixels)) == 1 and len(model(pixels, torch.ones(2))) == 3
+    model.train()
+    assert len(model(pixels)) == 3 and model(pixels)[0].masks.shape == (1, 6, 8, 8)
+
+
+def test_forward_annealing_is_per_query():
+    """noise decides query by query: dropping the mask of one query in the last block changes that query alone."""
+    model, pixels = tiny(), images(1, 3, 64, 96)
+    prob, noise = torch.tensor([0.0, 0.5]), torch.zeros(1, 2, 6)
+    *_, before, kept = model(pixels, prob, noise)
+    small = torch.nn.functional.interpolate(before.masks, (8, 12), mode="bilinear")[0]
+    query = (small <= 0).flatten(1).sum(1).argmax().item()  # the query that loses most by its mask
+    noise[0, 1, query] = 0.9
+    dropped = model(pixels, prob, noise)[-1]
+    changed = ((kept.classes - dropped.classes)[0].abs() > 1e-6).any(-1).nonzero()[:, 0].tolist()
+    assert changed == [query]
+
+
+def test_forward_one_query_one_block_no_registers():
+    model = EoMT(ViT(32, 2, 1, 8, (2, 2), registers=0), 3, 1, 1)
+    assert model.encoder.prefix == 1
+    assert model(images(2, 3, 16, 24), torch.ones(1))[-1].masks.shape == (2, 1, 4, 6)
+
+
+def test_fallback_equals_kernels(monkeypatch):
+    """eomt.py copied alone gives the same numbers as with kernels/ beside it."""
+    import importlib.util
+
+    monkeypatch.setitem(sys.modules, "kernels", None)
+    spec = importlib.util.spec_from_file_location("eomt_alone", eomt.__file__)
+    alone = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(alone)
+    assert alone.pack_mask is not eomt.pack_mask
+    model = tiny()
+    other = alone.EoMT(alone.ViT(32, 3, 2, 8, (4, 4)), 3, 6, 2).eval()
+    other.load_state_dict(model.state_dict())
+    pixels, prob, noise = images(2, 3, 32, 40), torch.tensor([0.7, 0.4]), torch.rand(2, 2, 6)
+    a, b = model(pixels, prob, noise)[-1], other(pixels, prob, noise)[-1]
+    torch.testing.assert_close(a.masks, b.masks, rtol=0, atol=1e-6)
+
+
+def test_anneal_reproduces_published_windows():
+    """COCO panoptic ViT-L, 12 epochs: upstream's configuration states these steps (DESIGN: formula, not files)."""
+    windows = anneal_windows(88692, 4)  # 12 * 7391
+    starts, ends = [14782, 29564, 44346, 59128], [29564, 44346, 59128, 73910]
+    assert all(abs(w[0] - s) <= 0.5 and abs(w[1] - e) <= 0.5 for w, s, e in zip(windows, starts, ends, strict=True))
+    assert anneal(0, windows) == [1.0] * 4 and anneal(80000, windows) == [0.0] * 4
+    half = anneal((14782 + 29564) // 2, windows)
+    assert abs(half[0] - 0.5 ** 0.9) < 1e-9 and half[1:] == [1.0] * 3
+
+
+def test_save_load_round_trip(tmp_path):
+    model = tiny()
+    save(tmp_path / "m.safetensors", model, size=32, classes=["a", "b", "c"], step=7)
+    again = load(tmp_path / "m.safetensors")
+    assert again.meta == {"size": 32, "classes": ["a", "b", "c"], "step": 7}
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[key])
+
+
+def test_load_refuses_code(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return (exec, ("raise SystemExit('payload ran')",))
+
+    torch.save({"network.q.weight": Payload()}, tmp_path / "evil.bin")
+    with pytest.raises(ValueError, match="refused: holds code"):
+        load(tmp_path / "evil.bin")
+
+
+@pytest.mark.parametrize("content,what", [(b"", "empty"), (b"<!DOCTYPE html><html>", "HTML"), (b"garbage" * 50, "damaged"),
+                                          (b"version https://git-lfs.github.com/spec/v1\noid", "git-lfs")])
+@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
+def test_load_faults_one_line(tmp_path, content, what, suffix):
+    path = tmp_path / f"m.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        load(path)
+    assert what in str(error.value) and "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_load_faults_nan_cut_missing(tmp_path):
+    model = tiny()
+    with torch.no_grad():
+        model.q.weight[0, 0] = float("nan")
+    save(tmp_path / "nan.safetensors", model)
+    with pytest.raises(ValueError, match=r"nan.safetensors!q.weight: NaN"):
+        load(tmp_path / "nan.safetensors")
+    data = (tmp_path / "nan.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(data[:len(data) // 2])
+    with pytest.raises(ValueError, match="cut or damaged"):
+        load(tmp_path / "cut.safetensors")
+    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+        load(tmp_path / "none.bin")
+    with pytest.raises(FileNotFoundError, match="no checkpoint in this folder"):
+        load(tmp_path)
+
+
+# ---- post-processing --------------------------------------------------------------------------------------------
+def logits(seed=0, queries=12, classes=5, side=16):
+    g = torch.Generator().manual_seed(seed)
+    masks = torch.nn.functional.interpolate(torch.randn(1, queries, 4, 4, generator=g) * 6, (side, side),
+                                            mode="bicubic")[0]
+    return masks, torch.randn(queries, classes + 1, generator=g) * 4
+
+
+def brute_panoptic(masks, classes, window, content, size, thing):
+    """The definition, pixel by pixel: (class or -1, segment key) maps."""
+    F = torch.nn.functional
+    up = F.interpolate(masks[None], window, mode="bilinear")[:, :, :content[0], :content[1]]
+    prob = F.interpolate(up, size, mode="bilinear")[0].sigmoid()
+    score, label = classes.softmax(-1).max(-1)
+    keep = [q for q in range(len(score)) if label[q] < classes.shape[-1] - 1 and score[q] > 0.8]
+    out = torch.full(size, -1)
+    key = torch.full(size, -1)
+    if not keep:
+        return out, key
+    owner = torch.stack([score[q] * prob[q] for q in keep]).argmax(0)
+    for k, q in enumerate(keep):
+        mine, own = owner == k, prob[q] >= 0.5
+        if not (mine & own).any() or mine.sum() / own.sum() < 0.8:
+            continue
+        out[mine & own] = label[q]
+        key[mine & own] = q if thing[label[q]] else 1000 + label[q]
+    return out, key
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_panoptic_equals_brute_force(seed, monkeypatch):
+    masks, classes = logits(seed)
+    thing = [True, True, False, False, True]
+    window, content, size = (64, 64), (64, 43), (50, 33)
+    if seed % 2:
+        monkeypatch.setattr(eomt, "_CHUNK", 64 * 64 * 2)  # two queries at a time must not change anything
+    got = eomt.panoptic(masks, classes, window, content, size, thing)
+    want, key = brute_panoptic(masks, classes, window, content, size, thing)
+    found = torch.cat([torch.tensor([-1]), got.labels])[got.ids.long()]
+    assert torch.equal(found, want)
+    assert len(set(key[key >= 0].tolist())) == len(got.labels) == got.ids.max()
+    pairs = set(zip(got.ids[key >= 0].tolist(), key[key >= 0].tolist(), strict=True))
+    assert len(pairs) == len(got.labels)  # one segment of ours for one of theirs
+
+
+def test_panoptic_nothing_kept():
+    masks, classes = logits()
+    got = eomt.panoptic(masks, torch.zeros_like(classes), (64, 64), (64, 64), (10, 10), [True] * 5)
+    assert got.ids.sum() == 0 and len(got.labels) == 0
+
+
+def test_instance_top_scores():
+    masks, classes = logits(queries=30)
+    got = eomt.instance(masks, classes, (64, 64), (64, 64), (40, 40), top=20)
+    assert got.masks.shape == (20, 40, 40) and (got.scores.diff() <= 0).all()
+    prob = classes.softmax(-1)[:, :-1]
+    best = prob.flatten().topk(20).indices
+    up = torch.nn.functional.interpolate(masks[None], (64, 64), mode="bilinear")
+    up = torch.nn.functional.interpolate(up, (40, 40), mode="bilinear")[0]
+    want = []
+    for flat in best.tolist():
+        x = up[flat // 5]
+        want.append((prob.flatten()[flat] * x.sigmoid()[x > 0].sum() / ((x > 0).sum() + 1e-6)).item())
+    torch.testing.assert_close(got.scores, torch.tensor(sorted(want, reverse=True)))
+
+
+def test_segment_sizes_and_determinism():
+    model = tiny()
+    model.meta = {"size": 32, "thing": [True, True, False]}
+    photos = [images(3, 20, 57), images(3, 32, 32, seed=1), images(3, 1, 90, seed=2), images(3, 70, 9, seed=3)]
+    results = eomt.segment(model, photos, "panoptic", batch=3)
+    assert [tuple(r.ids.shape) for r in results] == [(20, 57), (32, 32), (1, 90), (70, 9)]
+    single = eomt.segment(model, photos[1:2], "panoptic")[0]
+    assert torch.equal(single.ids, results[1].ids)
+    assert eomt.segment(model, photos, "semantic")[0].shape == (20, 57)
+    assert eomt.segment(model, photos[:1], "instance")[0].masks.shape[1:] == (20, 57)
+
+
+def test_semantic_windows_average():
+    """Long image: every window's class scores, averaged where they overlap, against a plain loop."""
+    model = tiny()
+    photo = images(3, 32, 75)
+    got = eomt.segment(model, [photo], "semantic", (32, 32))[0]
+    starts = [0, int(1 * (32 - 21 / 2)), int(2 * (32 - 21 / 2))]  # n = ceil(75 / 32) = 3, overlap 96 - 75 = 21
+    assert starts[-1] + 32 == 75
+    total, hits = torch.zeros(3, 32, 75), torch.zeros(75)
+    with torch.no_grad():
+        for s in starts:
+            total[:, :, s:s + 32] += eomt.semantic(*model(photo[None, :, :, s:s + 32])[-1], (32, 32))[0]
+            hits[s:s + 32] += 1
+    want = total / hits
+    assert torch.equal(got, want.argmax(0))
+
+
+def test_find_prefers_best_then_newest(tmp_path):
+    for name in ("step-00000010", "step-00000200", "best"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"x")
+    assert eomt.find(tmp_path).parent.name == "best"
+    (tmp_path / "best" / "model.safetensors").unlink()
+    assert eomt.find(tmp_path).parent.name == "step-00000200"
+    assert eomt.find(tmp_path / "step-00000010").parent.name == "step-00000010"
+
+
+def test_header_is_json(tmp_path):
+    from safetensors import safe_open
+
+    save(tmp_path / "m.safetensors", tiny(), task="shapes")
+    with safe_open(tmp_path / "m.safetensors", "pt") as file:
+        header = json.loads(file.metadata()["nanoeomt"])
+    assert header["meta"]["task"] == "shapes" and header["config"]["encoder"]["patch"] == 8

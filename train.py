@@ -1,0 +1,671 @@
+"""Trains EoMT: data zips in, a run folder with checkpoints, numbers and pictures out.
+
+    python train.py --quick                                                     # procedural data, CPU, minutes
+    python train.py --task coco_panoptic --encoder dinov2_large --data /coco
+    torchrun --nproc_per_node=4 train.py --task coco_panoptic --encoder dinov2_large --data /coco
+    python train.py --task coco_panoptic --data /coco --dry-run                 # the resolved recipe, then stop
+
+One process and N processes run the same lines. Settings: dataclass default < task row < encoder row < --config < flag.
+User mistakes end with one line `error: ...` and exit code 1.
+"""
+# SPDX-License-Identifier: MIT
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import difflib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import data
+import eomt
+import eval as evaluation
+import predict
+from losses import SetLoss, set_norm
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Settings
+# ------------------------------------------------------------------------------------------------------------
+def setting(default, phrase):
+    return dataclasses.field(default=default, metadata={"help": phrase})
+
+
+@dataclass
+class Config:
+    # what is trained
+    task: str = setting("coco_panoptic", f"one of {', '.join(data.TASKS)}")
+    encoder: str = setting("dinov2_large", f"one of {', '.join(eomt.ENCODERS)}")
+    data: str = setting("", "folder with the official zips (or the same unpacked)")
+    out: str = setting("", "run folder; default runs/<task>_<encoder>_<size>")
+    init: str = setting("", "start from this EoMT checkpoint (run folder, file or Hugging Face name)")
+    load_class_head: bool = setting(True, "take the class head of --init too; dropped by itself when classes differ")
+    encoder_weights: str = setting("", "pretrained encoder (file, folder, Hugging Face name), or `random`")
+    # model
+    size: int = setting(640, "side of the square training crop in pixels")
+    num_queries: int = setting(200, "segmentation queries")
+    num_blocks: int = setting(0, "last blocks that see the queries; 0 = the encoder's published number")
+    masked_attn: bool = setting(True, "masked attention in training, annealed away")
+    first_window: tuple[float, ...] = setting((), "start,end step of the first block's annealing; default: formula")
+    # recipe
+    epochs: float = setting(12, "passes over the training images")
+    steps: int = setting(0, "optimiser steps; 0 = epochs * floor(images / batch size)")
+    batch_size: int = setting(16, "images a step, over all ranks and accumulation")
+    device_batch_size: int = setting(0, "images one rank handles at once; 0 = its whole share")
+    lr: float = setting(1e-4, "AdamW learning rate of heads and final norm")
+    weight_decay: float = setting(0.05, "on every parameter")
+    clip_norm: float = setting(0.01, "gradient norm is clipped to this")
+    llrd: float = setting(0.8, "layer-wise decay: block i gets lr * llrd^(depth - 1 - i)")
+    llrd_query_blocks: bool = setting(True, "decay in the last num_blocks blocks too")
+    warmup: tuple[float, ...] = setting((500, 1000), "steps of warm-up: heads, then encoder")
+    scale: tuple[float, ...] = setting((0.1, 2.0), "range of the random resize")
+    color_jitter: bool = setting(False, "random brightness, contrast, saturation, hue")
+    num_points: int = setting(12544, "points of the mask losses")
+    # machine
+    amp: str = setting("bf16", "autocast on CUDA: bf16, fp16 (with gradient scaling) or off")
+    compile: bool = setting(True, "torch.compile the model on CUDA")
+    deterministic: bool = setting(False, "only repeatable kernels, an error where there is none")
+    workers: int = setting(4, "data processes a rank; 0 = in this one")
+    seed: int = setting(0, "everything random follows from it")
+    # run
+    log_every: int = setting(50, "steps between log lines")
+    save_every: int = setting(1000, "steps between checkpoints")
+    eval_every: int = setting(0, "steps between evaluations; 0 = at the end only")
+    eval_limit: int = setting(0, "validation images of the evaluations in training; 0 = all")
+    resume: bool = setting(False, "continue the run in --out")
+    overwrite: bool = setting(False, "replace the run in --out")
+    max_bad: int = setting(20, "undecodable training images after which the run stops")
+    skip_nonfinite: int = setting(0, "steps with NaN or Inf that may be skipped before the run stops")
+    quick: bool = setting(False, "tiny model on procedural data, minutes on a CPU")
+    config: str = setting("", "config.json of a run, taken before the flags")
+    dry_run: bool = setting(False, "print the resolved settings and stop")
+    debug: bool = setting(False, "show the traceback of an error")
+
+
+WEIGHTS = {"dinov2": "facebook/dinov2-with-registers-{}", "dinov3": "facebook/dinov3-vit{}16-pretrain-lvd1689m"}
+QUICK = dict(task="shapes", encoder="tiny", data="runs/shapes", out="runs/quick", encoder_weights="random", lr=2e-3,
+             steps=330, warmup=(20, 0), llrd=1.0, workers=0, log_every=30, save_every=165, clip_norm=0.1,
+             num_points=1024)
+# Settings of where and how a run runs: they may differ between a run and its resumption.
+MACHINE = {"data", "out", "device_batch_size", "workers", "log_every", "save_every", "eval_every", "eval_limit", "resume",
+           "overwrite", "max_bad", "skip_nonfinite", "config", "dry_run", "debug", "compile", "amp", "deterministic",
+           "init", "encoder_weights", "load_class_head"}
+# Option names of the recipe this project grew from -> ours.
+SEED_WORDS = {"OUTPUT_DIR": "--out", "--model.ckpt_path": "--init", "--data.path": "--data",
+              "--model.load_ckpt_class_head": "--no-load-class-head", "--data.batch_size": "--batch-size (total)",
+              "--model.network.masked_attn_enabled": "--no-masked-attn"}
+
+
+def task_row(task) -> dict:
+    return dict(num_queries=task.queries, epochs=task.epochs, size=task.size, scale=task.scale,
+                color_jitter=task.color_jitter)
+
+
+def encoder_row(encoder: str, task: str) -> dict:
+    """What an encoder changes in a recipe; DINOv3 numbers from its published runs."""
+    family, _, size = encoder.partition("_")
+    if family not in WEIGHTS:
+        return {}
+    row = dict(encoder_weights=WEIGHTS[family].format(size if family == "dinov2" else size[0]))
+    if family == "dinov3":
+        row |= dict(lr=2e-4, llrd_query_blocks=False, warmup=(2000, 3000))
+        if task in ("coco_panoptic", "ade20k_semantic"):
+            row |= dict(first_window=(0, 3000))
+        if task == "ade20k_semantic":
+            row |= dict(llrd=1.0, epochs=16)
+    return row
+
+
+def parser() -> argparse.ArgumentParser:
+    """One flag per Config field: --some-name (or --some_name), --x / --no-x, lists with commas."""
+    top = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for field in dataclasses.fields(Config):
+        flags, kind = [f"--{field.name.replace('_', '-')}"], field.type
+        if "_" in field.name:
+            flags.append(f"--{field.name}")
+        if kind is bool:
+            top.add_argument(flags[0], action=argparse.BooleanOptionalAction, default=None, help=field.metadata["help"])
+            continue
+        read = kind if kind in (int, float, str) else lambda text: tuple(float(x) for x in text.split(",") if x)
+        top.add_argument(*flags, dest=field.name, type=read, default=None, metavar=field.name.upper(),
+                         help=field.metadata["help"])
+    return top
+
+
+def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
+    """Command line -> resolved Config, and where each value that is not a default came from."""
+    top = parser()
+    argv = [f"--{a[2:].replace('_', '-')}" if a.startswith("--") and "=" not in a and "." not in a else a for a in argv]
+    flags, unknown = top.parse_known_args(argv)
+    for word in unknown:
+        if word.split("=")[0] in SEED_WORDS:
+            raise ValueError(f"{word}: this is {SEED_WORDS[word.split('=')[0]]} here; see --help")
+        if word.startswith("-") or word == unknown[0]:
+            near = difflib.get_close_matches(word.split("=")[0], top._option_string_actions, 1)
+            raise ValueError(f"{word}: unknown option; {f'did you mean {near[0]}?' if near else 'see --help'}")
+    given = {key: value for key, value in vars(flags).items() if value is not None}
+    stored = {}
+    if given.get("config"):
+        stored = json.loads(Path(given["config"]).read_text())["config"]
+        stored = {key: value for key, value in stored.items() if key not in ("out", "resume", "overwrite", "config")}
+    quick = QUICK if given.get("quick", stored.get("quick")) else {}
+    axes = {key: getattr(Config, key) for key in ("task", "encoder")} | quick | stored | given
+    if axes["task"] not in data.TASKS:
+        raise ValueError(f"--task {axes['task']}: unknown; one of {', '.join(data.TASKS)}")
+    if axes["encoder"] not in eomt.ENCODERS:
+        raise ValueError(f"--encoder {axes['encoder']}: unknown; one of {', '.join(eomt.ENCODERS)}")
+    layers = [("task", task_row(data.TASKS[axes["task"]])), ("encoder", encoder_row(axes["encoder"], axes["task"])),
+              ("quick", quick), ("config", stored), ("flag", given)]
+    values, origin = {}, {}
+    for name, layer in layers:
+        values |= {key: tuple(v) if isinstance(v, list) else v for key, v in layer.items()}
+        origin |= dict.fromkeys(layer, name)
+    cfg = Config(**values)
+    cfg.out = cfg.out or f"runs/{cfg.task}_{cfg.encoder}_{cfg.size}"
+    return cfg, origin
+
+
+def split_batch(cfg: Config, world: int) -> int:
+    """Images one rank handles at once; fills device_batch_size, returns the number of accumulation parts."""
+    if cfg.batch_size % world:
+        fits = [str(n) for n in range(1, cfg.batch_size + 1) if cfg.batch_size % n == 0]
+        raise ValueError(f"--batch-size {cfg.batch_size} does not split over {world} ranks; "
+                         f"{', '.join(fits)} ranks fit, or a multiple of {world}")
+    share = cfg.batch_size // world
+    cfg.device_batch_size = cfg.device_batch_size or share
+    if share % cfg.device_batch_size:
+        fits = [str(n) for n in range(1, share + 1) if share % n == 0]
+        raise ValueError(f"--device-batch-size {cfg.device_batch_size} does not divide the {share} images of a rank; "
+                         f"{', '.join(fits)} fit")
+    return share // cfg.device_batch_size
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Model, optimiser, schedules: pure functions of the settings and the step
+# ------------------------------------------------------------------------------------------------------------
+def make_model(cfg: Config, vocabulary) -> eomt.EoMT:
+    """The model of the settings with random weights, seeded."""
+    torch.manual_seed(cfg.seed)
+    row = dict(eomt.ENCODERS[cfg.encoder])
+    patch = row.setdefault("patch", 16)
+    if cfg.size % patch:
+        raise ValueError(f"--size {cfg.size} is no multiple of the patch size {patch}; take {cfg.size // patch * patch}")
+    encoder = eomt.ViT(**row, grid=(cfg.size // patch,) * 2)
+    return eomt.EoMT(encoder, len(vocabulary.names), cfg.num_queries, cfg.num_blocks or None)
+
+
+def load_start(model: eomt.EoMT, cfg: Config, say):
+    """Weights a run starts from: --init, else --encoder-weights. What is left out is said, name by name."""
+    if not cfg.init:
+        if cfg.encoder_weights != "random":
+            eomt.load_encoder(model.encoder, cfg.encoder_weights)
+            say(f"encoder from {cfg.encoder_weights}")
+        return
+    config, state, meta = eomt.read(cfg.init)
+    origin, skip = meta.get("origin", {}), ()
+    if "num_classes" not in config:
+        raise ValueError(f"{cfg.init}: an encoder without heads; give it to --encoder-weights")
+    if not cfg.load_class_head or config["num_classes"] != model.config["num_classes"]:
+        skip += ("class_head.",)
+        say(f"class head not loaded: {config['num_classes']} classes there, {model.config['num_classes']} here")
+    if config["num_queries"] != model.config["num_queries"]:
+        skip += ("q.",)
+        say(f"queries not loaded: {config['num_queries']} there, {model.config['num_queries']} here")
+    if "encoder.pos_embed" in state:
+        grid = tuple(config["encoder"]["grid"])
+        state["encoder.pos_embed"] = eomt.resample_positions(state["encoder.pos_embed"], grid, model.encoder.grid)
+    eomt.fill(model, state, cfg.init, origin, skip)
+    say(f"weights from {cfg.init}")
+
+
+def param_groups(model: torch.nn.Module, cfg: Config) -> list[dict]:
+    """AdamW groups by (part, lr multiplier). Block i of the encoder gets llrd^(depth-1-i); tokens, positions and patch
+    embedding get block 0's; final norm and everything outside the encoder get 1."""
+    depth, groups = len(model.encoder.blocks), {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        part, factor = ("encoder" if name.startswith("encoder.") else "head"), 1.0
+        if part == "encoder" and not name.startswith("encoder.norm."):
+            index = int(name.split(".")[2]) if name.startswith("encoder.blocks.") else 0
+            if cfg.llrd_query_blocks or index < depth - model.num_blocks:
+                factor = cfg.llrd ** (depth - 1 - index)
+        groups.setdefault((part, factor), []).append(p)
+    return [dict(params=params, part=part, factor=factor) for (part, factor), params in groups.items()]
+
+
+def lr_at(step: int, total: int, part: str, warmup: tuple[float, ...]) -> float:
+    """Learning-rate multiplier: heads warm up while the encoder waits, then the encoder; each then decays to 0 at
+    `total` with power 0.9 (upstream's two-stage schedule)."""
+    start, length = (0, warmup[0]) if part == "head" else warmup
+    if step < start:
+        return 0.0
+    if step < start + length:
+        return (step - start) / length
+    end = start + length
+    return (1 - min(1.0, (step - end) / max(1, total - end))) ** 0.9
+
+
+def slot_seed(seed: int, step: int, slot: int) -> int:
+    """Seed of one image's randomness: its place in the global batch, not the rank or part that handles it."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {step} {slot}".encode(), digest_size=7).digest())
+
+
+def query_noise(seeds: list[int], num_blocks: int, num_queries: int) -> torch.Tensor:
+    """Uniform (B, num_blocks, Q), one generator an image."""
+    return torch.stack([torch.rand(num_blocks, num_queries, generator=torch.Generator().manual_seed(s)) for s in seeds])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints of a run: one folder, whole or not there
+# ------------------------------------------------------------------------------------------------------------
+def save_checkpoint(folder: Path, model, optimizer, cfg, step, meta, resumable=True):
+    """Writes `folder` beside itself, syncs every file to disk, then renames it into place at once."""
+    temporary = folder.parent / f".tmp-{folder.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    eomt.save(temporary / "model.safetensors", model, step=step, **meta)
+    if resumable:
+        torch.save(dict(optimizer=optimizer.state_dict(), step=step), temporary / "resume.pt")
+    sums = {p.name: eomt.sha256(p) for p in sorted(temporary.iterdir())}
+    text = json.dumps(dict(config=dataclasses.asdict(cfg), step=step, sha256=sums), indent=1)
+    (temporary / "meta.json").write_text(text)
+    for path in [*temporary.iterdir(), temporary]:
+        _sync(path)
+    if folder.exists():  # best/ is replaced: the old one goes only when the new one is whole
+        old = folder.parent / f".old-{folder.name}"
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(folder, old)
+    os.rename(temporary, folder)
+    _sync(folder.parent)
+    shutil.rmtree(folder.parent / f".old-{folder.name}", ignore_errors=True)
+
+
+def _sync(path):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def run_steps(out: Path) -> list[Path]:
+    """Checkpoint folders of a run, newest first."""
+    return sorted((p for p in out.glob("step-*") if p.name[5:].isdigit()), key=lambda p: -int(p.name[5:]))
+
+
+def tidy(out: Path, keep=2):
+    """Removes all but the newest `keep` checkpoints, and the litter of a killed save."""
+    for path in [*run_steps(out)[keep:], *out.glob(".tmp-*")]:
+        shutil.rmtree(path, ignore_errors=True)
+    for path in out.glob(".old-*"):  # killed between the two renames: the old one is the only one
+        final = out / path.name.removeprefix(".old-")
+        shutil.rmtree(path, ignore_errors=True) if final.exists() else os.rename(path, final)
+
+
+def resume(out: Path, model, optimizer, cfg, say) -> int:
+    """Loads the newest checkpoint whose sums are right; returns its step, 0 where there is none."""
+    for folder in run_steps(out):
+        fault = eomt.damaged(folder)
+        if fault:
+            say(f"warning: {fault}; taking the one before")
+            continue
+        stored = json.loads((folder / "meta.json").read_text())["config"]
+        now = json.loads(json.dumps(dataclasses.asdict(cfg)))
+        differ = [k for k in now if k not in MACHINE and now[k] != stored.get(k)]
+        if differ:
+            changes = ", ".join(f"{k} {stored.get(k)} -> {now[k]}" for k in differ)
+            raise ValueError(f"{folder}: the run was started with other settings: {changes}; "
+                             "use the same, or another --out")
+        eomt.fill(model, eomt.read(folder)[1], folder)
+        state = torch.load(folder / "resume.pt", map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        say(f"resumed {folder}")
+        return state["step"]
+    return 0
+
+
+def claim(out: Path, cfg: Config):
+    """Refuses to mix two runs in one folder."""
+    used = out.exists() and any(p.name == "config.json" or p.name.startswith("step-") for p in out.iterdir())
+    if used and cfg.overwrite:
+        shutil.rmtree(out)
+    elif used and not cfg.resume:
+        raise ValueError(f"{out}: already holds a run; --resume continues it, --overwrite replaces it")
+    out.mkdir(parents=True, exist_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Log and pictures
+# ------------------------------------------------------------------------------------------------------------
+class Log:
+    """Rank 0's voice: stdout and log.txt, metrics.jsonl."""
+
+    def __init__(self, out: Path, rank: int):
+        self.out, self.rank = out, rank
+
+    def say(self, text: str):
+        if self.rank == 0:
+            print(text, flush=True)
+            with open(self.out / "log.txt", "a") as file:
+                file.write(text + "\n")
+
+    def step(self, cfg, step, losses, gradient, speed, bad, trainer):
+        """The line of a log step: losses over all ranks, speed of the steps since the last line."""
+        lr = max(group["lr"] for group in trainer.optimizer.param_groups)
+        memory = torch.cuda.max_memory_allocated() / 1e9 if trainer.device.type == "cuda" else 0.0
+        eta = datetime.timedelta(seconds=int((cfg.steps - step) / speed))
+        images = speed * cfg.batch_size
+        text = " ".join(f"{key} {value:.4f}" for key, value in losses.items())
+        self.say(f"step {step}/{cfg.steps} {text} lr {lr:.1e} grad {gradient:.2f} img/s {images:.1f} "
+                 f"mem {memory:.1f}GB eta {eta}" + (f" bad {bad}" if bad else ""))
+        self.record(step=step, **losses, lr=lr, grad=gradient, img_s=images)
+
+    def record(self, **values):
+        if self.rank == 0:
+            with open(self.out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(values) + "\n")
+
+
+def draw_curves(out: Path):
+    """curves.png from metrics.jsonl: the losses, and the evaluation's PQ, over steps."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    series = {}
+    for row in rows:
+        for key, value in row.items():
+            if key in ("loss", "mask", "dice", "class", "PQ", "mIoU", "AP", "lr") and value == value:
+                series.setdefault(key, []).append((row["step"], value))
+    predict.draw_chart(series, out / "curves.png")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training
+# ------------------------------------------------------------------------------------------------------------
+class Stop:
+    """SIGTERM, SIGINT and SIGUSR1 ask for a checkpoint and an end at the next step; the second one ends at once."""
+
+    def __init__(self):
+        self.signal = 0
+        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(name, self)
+
+    def __call__(self, number, frame):
+        if self.signal:
+            os._exit(130 if number == signal.SIGINT else 143)
+        self.signal = number
+
+
+def start_ranks() -> tuple[int, int, torch.device]:
+    """(rank, world, device) from torchrun's variables; one process without them."""
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if world > 1:  # gloo carries the small host-side agreements, NCCL the gradients
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    return rank, world, device
+
+
+def total(values: torch.Tensor, world: int) -> torch.Tensor:
+    """Sum of a small CPU tensor over ranks."""
+    if world > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def agree(parts, stop, queries, world) -> tuple[torch.Tensor, bool, int]:
+    """What all ranks know before a step: loss totals (2,), whether one was told to stop, undecodable images met."""
+    norm = sum(set_norm(part.targets, queries) for part in parts)
+    bad = sum(len(part.faults) for part in parts)
+    both = total(torch.tensor([*norm, stop.signal != 0, bad], dtype=torch.float64), world)
+    return both[:2], bool(both[2]), int(both[3])
+
+
+class Trainer:
+    """What one step needs; `step` is the story of the file."""
+
+    def __init__(self, cfg, model, device, world, rank):
+        self.cfg, self.raw, self.device, self.world, self.rank = cfg, model, device, world, rank
+        self.accumulate = split_batch(cfg, world)
+        self.criterion = SetLoss(model.config["num_classes"], cfg.num_points)
+        self.windows = eomt.anneal_windows(cfg.steps, model.num_blocks)
+        if cfg.first_window:
+            self.windows[0] = cfg.first_window
+        groups = param_groups(model, cfg)
+        self.optimizer = torch.optim.AdamW(groups, cfg.lr, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[cfg.amp]
+        self.scaler = torch.amp.GradScaler(enabled=cfg.amp == "fp16" and device.type == "cuda")
+        self.model = model
+
+    def wrap(self):
+        """Compilation and ranks, after the weights are loaded."""
+        if self.cfg.compile and self.device.type == "cuda":
+            self.raw.compile()
+        if self.world > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            self.model = DistributedDataParallel(self.raw, device_ids=ids, gradient_as_bucket_view=True)
+
+    def backward(self, step, index, part, norm):
+        """Forward, loss and backward of one part of the batch; its losses come back detached."""
+        cfg = self.cfg
+        first = (index * self.world + self.rank) * cfg.device_batch_size
+        seeds = [slot_seed(cfg.seed, step, first + i) for i in range(len(part.names))]
+        prob = eomt.anneal(step, self.windows) if cfg.masked_attn else []
+        mask_prob = torch.tensor(prob, device=self.device) if any(prob) else None
+        noise = query_noise(seeds, self.raw.num_blocks, cfg.num_queries).to(self.device, non_blocking=True)
+        images = part.images.to(self.device, non_blocking=True)
+        targets = [target.to(self.device) for target in part.targets]
+        last = index == self.accumulate - 1
+        with contextlib.nullcontext() if last or self.world == 1 else self.model.no_sync():
+            with torch.autocast(self.device.type, self.dtype, enabled=bool(self.dtype) and self.device.type == "cuda"):
+                predictions = self.model(images, mask_prob, noise)
+            losses = self.criterion(predictions, targets, norm, seeds, part.names)
+            self.scaler.scale(losses["loss"] * self.world).backward()  # DDP averages; the loss is already a share
+        return {key: value.detach() for key, value in losses.items()}
+
+    def step(self, step, parts, norm) -> tuple[dict, torch.Tensor]:
+        """One optimiser step: losses of this rank, gradient norm before clipping. Not finite: weights are untouched."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.cfg.lr * group["factor"] * lr_at(step, self.cfg.steps, group["part"], self.cfg.warmup)
+        losses = [self.backward(step, i, part, norm) for i, part in enumerate(parts)]
+        self.scaler.unscale_(self.optimizer)
+        gradient = torch.nn.utils.clip_grad_norm_(self.raw.parameters(), self.cfg.clip_norm)
+        losses = {key: sum(part[key] for part in losses) for key in losses[0]}
+        if self.finite(losses, gradient):
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return losses, gradient
+
+    def finite(self, losses, gradient) -> bool:
+        """DDP has made the gradients, and so this answer, the same on all ranks. Under fp16 the scaler itself skips
+        steps whose gradient overflows."""
+        return bool(losses["loss"].isfinite() if self.scaler.is_enabled() else gradient.isfinite())
+
+
+def describe(cfg, origin, model, images, world):
+    """The lines of --dry-run and of every start: settings with their origin, counts, steps."""
+    for field in dataclasses.fields(cfg):
+        value, where = getattr(cfg, field.name), origin.get(field.name)
+        if where or value != field.default:
+            print(f"  {field.name} = {value}  ({where or 'computed'})")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    share = f"{world} rank(s) x {cfg.device_batch_size} x {cfg.batch_size // cfg.device_batch_size // world} part(s)"
+    print(f"  parameters: {trained:,} trained, {frozen:,} frozen; steps {cfg.steps}; batch {cfg.batch_size} = {share}"
+          + (f"; {images} training images" if images else ""))
+
+
+def versions() -> dict:
+    sha = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return dict(git=sha.stdout.strip(), torch=torch.__version__, python=sys.version.split()[0], argv=sys.argv)
+
+
+def evaluate(trainer, dataset, step, best, log, limit=0) -> float:
+    """Validation on all ranks, its line and pictures, best/ when it is. Returns the best headline number so far."""
+    cfg, model = trainer.cfg, trainer.raw
+    result = evaluation.evaluate(model, dataset, trainer.rank, trainer.world, cfg.workers, limit)
+    log.say(evaluation.line(result))
+    model.train()
+    if trainer.rank:
+        return best
+    log.record(step=step, **result.numbers)
+    viz = log.out / "viz"
+    viz.mkdir(exist_ok=True)
+    predict.draw_comparison(model, dataset, viz / f"step_{step:08d}.png")
+    predict.draw_bars(result.per_class, log.out / f"{result.headline.lower()}_per_class.png")
+    model.train()
+    score = result.numbers[result.headline]
+    if score > best:
+        save_checkpoint(log.out / "best", model, trainer.optimizer, cfg, step, model.meta, resumable=False)
+        return score
+    return best
+
+
+def fit(trainer, sets, first, log, stop) -> int:
+    """The loop from step `first`; returns the exit code: 0, or 128 + signal after a stop that was asked for."""
+    cfg, out, model = trainer.cfg, log.out, trainer.raw
+    batches = data.loader(sets["train"], cfg.batch_size, cfg.steps, cfg.seed, first, trainer.rank, trainer.world,
+                          cfg.device_batch_size, cfg.workers, pin=trainer.device.type == "cuda")
+    best, bad, skipped, warned, began, seen = -1.0, 0, 0, set(), time.time(), first
+    summary = out / "summary.json"
+    if first and summary.exists():
+        best = json.loads(summary.read_text()).get("best", best)
+
+    def save(step):
+        if trainer.rank == 0:
+            save_checkpoint(out / f"step-{step:08d}", model, trainer.optimizer, cfg, step, model.meta)
+            tidy(out)
+
+    model.train()
+    for step in range(first, cfg.steps):
+        parts = [next(batches) for _ in range(trainer.accumulate)]
+        norm, stopping, faults = agree(parts, stop, cfg.num_queries, trainer.world)
+        if stopping:
+            save(step)
+            log.say(f"stopped by a signal at step {step}; continue with --resume")
+            return 128 + (stop.signal or signal.SIGTERM)
+        bad += faults
+        for fault in {fault for part in parts for fault in part.faults} - warned:
+            warned.add(fault)
+            print(f"warning: {fault}; another image takes its place", file=sys.stderr, flush=True)
+        if bad > cfg.max_bad:
+            raise ValueError(f"{bad} undecodable training images, --max-bad is {cfg.max_bad}; check the data with data.py")
+        losses, gradient = trainer.step(step, parts, norm)
+        if not trainer.finite(losses, gradient):
+            skipped += 1
+            names = ", ".join(name for part in parts for name in part.names)
+            text = ", ".join(f"{key} {value:.4g}" for key, value in losses.items())
+            fault = f"step {step + 1}: not finite ({text}, gradient {gradient:.4g}); images {names}"
+            if skipped > cfg.skip_nonfinite:
+                raise ValueError(f"{fault}; lower --lr, or allow some with --skip-nonfinite; weights are as before the step")
+            log.say(f"warning: {fault}; step skipped")
+        done = step + 1
+        if done % cfg.log_every == 0 or done == cfg.steps:
+            values = total(torch.tensor([value.item() for value in losses.values()]), trainer.world).tolist()
+            speed = (done - seen) / (time.time() - began)
+            log.step(cfg, done, dict(zip(losses, values, strict=True)), gradient.item(), speed, bad, trainer)
+            began, seen = time.time(), done
+        if done % cfg.save_every == 0 or done == cfg.steps:
+            save(done)
+        if done == cfg.steps or cfg.eval_every and done % cfg.eval_every == 0:
+            best = evaluate(trainer, sets["val"], done, best, log, 0 if done == cfg.steps else cfg.eval_limit)
+            if trainer.rank == 0:
+                summary.write_text(json.dumps(dict(step=done, best=best, images=done * cfg.batch_size, bad=bad)))
+                draw_curves(out)
+            began, seen = time.time(), done
+    return 0
+
+
+def prepare(cfg: Config, rank: int):
+    """Data sets of the run; --quick makes its own first."""
+    if cfg.quick and rank == 0 and not (Path(cfg.data) / "val2017.zip").exists():
+        data.write_shapes(cfg.data, data.TASKS[cfg.task].vocabulary, 1024, 128, 0)
+    if dist.is_initialized():
+        dist.barrier()
+    if not cfg.data:
+        raise ValueError("--data is missing; give the folder that holds the data set's zips, or use --quick")
+    task = data.TASKS[cfg.task]
+    transform = data.Augment(cfg.size, cfg.scale, cfg.color_jitter)
+    return dict(train=data.SegmentDataset(cfg.data, task, "train", transform),
+                val=data.SegmentDataset(cfg.data, task, "val"))
+
+
+def run(cfg: Config, origin: dict) -> int:
+    rank, world, device = start_ranks()
+    split_batch(cfg, world)
+    task = data.TASKS[cfg.task]
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    sets = None if cfg.dry_run else prepare(cfg, rank)
+    images = len(sets["train"]) if sets else {"coco": 118287, "ade2": 20210, "city": 2975}.get(cfg.task[:4], 0)
+    cfg.steps = cfg.steps or max(1, int(cfg.epochs * max(1, images // cfg.batch_size)))
+    model = make_model(cfg, task.vocabulary)
+    if rank == 0:
+        describe(cfg, origin, model, images, world)
+    if cfg.dry_run:
+        return 0
+    out = Path(cfg.out)
+    if rank == 0:
+        claim(out, cfg)
+        tidy(out)
+    if world > 1:
+        dist.barrier()
+    log = Log(out, rank)
+    words = task.vocabulary
+    model.meta = dict(task=cfg.task, kind=task.kind, size=cfg.size, names=list(words.names), ids=list(words.ids),
+                      thing=list(words.thing))
+    model.to(device)
+    trainer = Trainer(cfg, model, device, world, rank)
+    first = resume(out, model, trainer.optimizer, cfg, log.say) if cfg.resume else 0
+    if not first:
+        load_start(model, cfg, log.say)
+        if rank == 0:  # a full or read-only disk is found now, not after the first hour
+            save_checkpoint(out / ".tmp-trial", model, trainer.optimizer, cfg, 0, model.meta)
+            shutil.rmtree(out / ".tmp-trial")
+    if rank == 0:
+        (out / "config.json").write_text(json.dumps(dict(config=dataclasses.asdict(cfg), **versions()), indent=1))
+    trainer.wrap()
+    began = time.time()
+    code = fit(trainer, sets, first, log, Stop())
+    if code == 0:
+        log.say(f"done in {time.time() - began:.0f} s: {out}/best, {out}/curves.png, {out}/viz")
+        log.say(f"next: python eval.py --ckpt {out}    python predict.py --ckpt {out} IMAGE")
+    return code
+
+
+def main():
+    debug = "--debug" in sys.argv
+    try:
+        cfg, origin = parse(sys.argv[1:])
+        code = run(cfg, origin)
+    except (ValueError, OSError, RuntimeError) as error:
+        if debug:
+            raise
+        print(f"error: {str(error).splitlines()[0] if str(error) else type(error).__name__}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        code = 130
+    if dist.is_initialized() and code != 1:
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(code) if code == 1 and dist.is_initialized() else sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
