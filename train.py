@@ -1,11 +1,11 @@
 """Trains EoMT: data zips in, a run folder with checkpoints, numbers and pictures out.
 
-    python train.py --quick                                                     # procedural data, CPU, minutes
+    python train.py --quick                                             # procedural data, CPU, minutes
     python train.py --task coco_panoptic --encoder dinov2_large --data /coco
     torchrun --nproc_per_node=4 train.py --task coco_panoptic --encoder dinov2_large --data /coco
-    python train.py --task coco_panoptic --data /coco --dry-run                 # the resolved recipe, then stop
+    python train.py --task coco_panoptic --data /coco --dry-run         # the resolved recipe, then stop
 
-One process and N processes run the same lines. Settings: dataclass default < task row < encoder row < --config < flag.
+One process and N processes run the same lines. Settings: default < task row < encoder row < --config < flag.
 User mistakes end with one line `error: ...` and exit code 1.
 """
 # SPDX-License-Identifier: MIT
@@ -36,9 +36,7 @@ import predict
 from losses import SetLoss, set_norm
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Settings
-# ------------------------------------------------------------------------------------------------------------
+# ---- Settings ----------------------------------------------------------------------------------------------
 def setting(default, phrase):
     return dataclasses.field(default=default, metadata={"help": phrase})
 
@@ -51,14 +49,14 @@ class Config:
     data: str = setting("", "folder with the official zips (or the same unpacked)")
     out: str = setting("", "run folder; default runs/<task>_<encoder>_<size>")
     init: str = setting("", "start from this EoMT checkpoint (run folder, file or Hugging Face name)")
-    load_class_head: bool = setting(True, "take the class head of --init too; dropped by itself when classes differ")
+    load_class_head: bool = setting(True, "take the class head of --init; never when classes differ")
     encoder_weights: str = setting("", "pretrained encoder (file, folder, Hugging Face name), or `random`")
     # model
     size: int = setting(640, "side of the square training crop in pixels")
     num_queries: int = setting(200, "segmentation queries")
     num_blocks: int = setting(0, "last blocks that see the queries; 0 = the encoder's published number")
     masked_attn: bool = setting(True, "masked attention in training, annealed away")
-    first_window: tuple[float, ...] = setting((), "start,end step of the first block's annealing; default: formula")
+    first_window: tuple[float, ...] = setting((), "start,end step of annealing in the first block")
     # recipe
     epochs: float = setting(12, "passes over the training images")
     steps: int = setting(0, "optimiser steps; 0 = epochs * floor(images / batch size)")
@@ -94,17 +92,19 @@ class Config:
     debug: bool = setting(False, "show the traceback of an error")
 
 
-WEIGHTS = {"dinov2": "facebook/dinov2-with-registers-{}", "dinov3": "facebook/dinov3-vit{}16-pretrain-lvd1689m"}
-QUICK = dict(task="shapes", encoder="tiny", data="runs/shapes", out="runs/quick", encoder_weights="random", lr=2e-3,
-             steps=330, warmup=(20, 0), llrd=1.0, workers=0, log_every=30, save_every=165, clip_norm=0.1,
-             num_points=1024)
+WEIGHTS = {"dinov2": "facebook/dinov2-with-registers-{}",
+           "dinov3": "facebook/dinov3-vit{}16-pretrain-lvd1689m"}
+QUICK = dict(task="shapes", encoder="tiny", data="runs/shapes", out="runs/quick", encoder_weights="random",
+             lr=2e-3, steps=330, warmup=(20, 0), llrd=1.0, clip_norm=0.1, num_points=1024, workers=0,
+             log_every=30, save_every=110, eval_every=110, eval_limit=64)
 # Settings of where and how a run runs: they may differ between a run and its resumption.
-MACHINE = {"data", "out", "device_batch_size", "workers", "log_every", "save_every", "eval_every", "eval_limit", "resume",
-           "overwrite", "max_bad", "skip_nonfinite", "config", "dry_run", "debug", "compile", "amp", "deterministic",
-           "init", "encoder_weights", "load_class_head"}
+MACHINE = {"data", "out", "device_batch_size", "workers", "log_every", "save_every", "eval_every",
+           "eval_limit", "resume", "overwrite", "max_bad", "skip_nonfinite", "config", "dry_run", "debug", "compile",
+           "amp", "deterministic", "init", "encoder_weights", "load_class_head"}
 # Option names of the recipe this project grew from -> ours.
 SEED_WORDS = {"OUTPUT_DIR": "--out", "--model.ckpt_path": "--init", "--data.path": "--data",
-              "--model.load_ckpt_class_head": "--no-load-class-head", "--data.batch_size": "--batch-size (total)",
+              "--model.load_ckpt_class_head": "--no-load-class-head",
+              "--data.batch_size": "--batch-size (the total of all devices)",
               "--model.network.masked_attn_enabled": "--no-masked-attn"}
 
 
@@ -128,46 +128,54 @@ def encoder_row(encoder: str, task: str) -> dict:
     return row
 
 
+def numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(",") if part)
+
+
 def parser() -> argparse.ArgumentParser:
     """One flag per Config field: --some-name (or --some_name), --x / --no-x, lists with commas."""
     top = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for field in dataclasses.fields(Config):
-        flags, kind = [f"--{field.name.replace('_', '-')}"], field.type
-        if "_" in field.name:
-            flags.append(f"--{field.name}")
+        flag, kind, phrase = f"--{field.name.replace('_', '-')}", field.type, field.metadata["help"]
         if kind is bool:
-            top.add_argument(flags[0], action=argparse.BooleanOptionalAction, default=None, help=field.metadata["help"])
+            top.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=phrase)
             continue
-        read = kind if kind in (int, float, str) else lambda text: tuple(float(x) for x in text.split(",") if x)
-        top.add_argument(*flags, dest=field.name, type=read, default=None, metavar=field.name.upper(),
-                         help=field.metadata["help"])
+        read = kind if kind in (int, float, str) else numbers
+        top.add_argument(flag, type=read, default=None, metavar=field.name.upper(), help=phrase)
     return top
+
+
+def hyphens(word: str) -> str:
+    """--some_name=x_y -> --some-name=x_y; options with a dot are names of other projects and stay."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") and "." not in name else word
 
 
 def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
     """Command line -> resolved Config, and where each value that is not a default came from."""
     top = parser()
-    argv = [f"--{a[2:].replace('_', '-')}" if a.startswith("--") and "=" not in a and "." not in a else a for a in argv]
-    flags, unknown = top.parse_known_args(argv)
+    flags, unknown = top.parse_known_args([hyphens(word) for word in argv])
     for word in unknown:
         if word.split("=")[0] in SEED_WORDS:
             raise ValueError(f"{word}: this is {SEED_WORDS[word.split('=')[0]]} here; see --help")
         if word.startswith("-") or word == unknown[0]:
             near = difflib.get_close_matches(word.split("=")[0], top._option_string_actions, 1)
-            raise ValueError(f"{word}: unknown option; {f'did you mean {near[0]}?' if near else 'see --help'}")
+            advice = f"did you mean {near[0]}?" if near else "see --help"
+            raise ValueError(f"{word}: unknown option; {advice}")
     given = {key: value for key, value in vars(flags).items() if value is not None}
     stored = {}
     if given.get("config"):
         stored = json.loads(Path(given["config"]).read_text())["config"]
-        stored = {key: value for key, value in stored.items() if key not in ("out", "resume", "overwrite", "config")}
+        stored = {k: v for k, v in stored.items() if k not in ("out", "resume", "overwrite", "config")}
     quick = QUICK if given.get("quick", stored.get("quick")) else {}
     axes = {key: getattr(Config, key) for key in ("task", "encoder")} | quick | stored | given
     if axes["task"] not in data.TASKS:
         raise ValueError(f"--task {axes['task']}: unknown; one of {', '.join(data.TASKS)}")
     if axes["encoder"] not in eomt.ENCODERS:
         raise ValueError(f"--encoder {axes['encoder']}: unknown; one of {', '.join(eomt.ENCODERS)}")
-    layers = [("task", task_row(data.TASKS[axes["task"]])), ("encoder", encoder_row(axes["encoder"], axes["task"])),
+    layers = [("task", task_row(data.TASKS[axes["task"]])),
+              ("encoder", encoder_row(axes["encoder"], axes["task"])),
               ("quick", quick), ("config", stored), ("flag", given)]
     values, origin = {}, {}
     for name, layer in layers:
@@ -188,21 +196,20 @@ def split_batch(cfg: Config, world: int) -> int:
     cfg.device_batch_size = cfg.device_batch_size or share
     if share % cfg.device_batch_size:
         fits = [str(n) for n in range(1, share + 1) if share % n == 0]
-        raise ValueError(f"--device-batch-size {cfg.device_batch_size} does not divide the {share} images of a rank; "
-                         f"{', '.join(fits)} fit")
+        raise ValueError(f"--device-batch-size {cfg.device_batch_size} does not divide the {share} images of "
+                         f"a rank; {', '.join(fits)} fit")
     return share // cfg.device_batch_size
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Model, optimiser, schedules: pure functions of the settings and the step
-# ------------------------------------------------------------------------------------------------------------
+# ---- Model, optimiser, schedules: pure functions of the settings and the step ------------------------------
 def make_model(cfg: Config, vocabulary) -> eomt.EoMT:
     """The model of the settings with random weights, seeded."""
     torch.manual_seed(cfg.seed)
     row = dict(eomt.ENCODERS[cfg.encoder])
     patch = row.setdefault("patch", 16)
     if cfg.size % patch:
-        raise ValueError(f"--size {cfg.size} is no multiple of the patch size {patch}; take {cfg.size // patch * patch}")
+        raise ValueError(f"--size {cfg.size} is no multiple of the patch size {patch}; "
+                         f"take {max(1, cfg.size // patch) * patch}")
     encoder = eomt.ViT(**row, grid=(cfg.size // patch,) * 2)
     return eomt.EoMT(encoder, len(vocabulary.names), cfg.num_queries, cfg.num_blocks or None)
 
@@ -220,20 +227,22 @@ def load_start(model: eomt.EoMT, cfg: Config, say):
         raise ValueError(f"{cfg.init}: an encoder without heads; give it to --encoder-weights")
     if not cfg.load_class_head or config["num_classes"] != model.config["num_classes"]:
         skip += ("class_head.",)
-        say(f"class head not loaded: {config['num_classes']} classes there, {model.config['num_classes']} here")
+        say(f"class head not loaded: {config['num_classes']} classes there, "
+            f"{model.config['num_classes']} here")
     if config["num_queries"] != model.config["num_queries"]:
         skip += ("q.",)
         say(f"queries not loaded: {config['num_queries']} there, {model.config['num_queries']} here")
     if "encoder.pos_embed" in state:
         grid = tuple(config["encoder"]["grid"])
-        state["encoder.pos_embed"] = eomt.resample_positions(state["encoder.pos_embed"], grid, model.encoder.grid)
+        table = eomt.resample_positions(state["encoder.pos_embed"], grid, model.encoder.grid)
+        state["encoder.pos_embed"] = table  # (1, h*w, C)
     eomt.fill(model, state, cfg.init, origin, skip)
     say(f"weights from {cfg.init}")
 
 
 def param_groups(model: torch.nn.Module, cfg: Config) -> list[dict]:
-    """AdamW groups by (part, lr multiplier). Block i of the encoder gets llrd^(depth-1-i); tokens, positions and patch
-    embedding get block 0's; final norm and everything outside the encoder get 1."""
+    """AdamW groups by (part, lr multiplier). Block i of the encoder gets llrd^(depth-1-i); tokens, positions
+    and patch embedding get block 0's; final norm and everything outside the encoder get 1."""
     depth, groups = len(model.encoder.blocks), {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -248,8 +257,8 @@ def param_groups(model: torch.nn.Module, cfg: Config) -> list[dict]:
 
 
 def lr_at(step: int, total: int, part: str, warmup: tuple[float, ...]) -> float:
-    """Learning-rate multiplier: heads warm up while the encoder waits, then the encoder; each then decays to 0 at
-    `total` with power 0.9 (upstream's two-stage schedule)."""
+    """Learning-rate multiplier: heads warm up while the encoder waits, then the encoder; each then decays to
+    0 at `total` with power 0.9 (upstream's two-stage schedule)."""
     start, length = (0, warmup[0]) if part == "head" else warmup
     if step < start:
         return 0.0
@@ -266,12 +275,11 @@ def slot_seed(seed: int, step: int, slot: int) -> int:
 
 def query_noise(seeds: list[int], num_blocks: int, num_queries: int) -> torch.Tensor:
     """Uniform (B, num_blocks, Q), one generator an image."""
-    return torch.stack([torch.rand(num_blocks, num_queries, generator=torch.Generator().manual_seed(s)) for s in seeds])
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.stack([torch.rand(num_blocks, num_queries, generator=g) for g in generators])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Checkpoints of a run: one folder, whole or not there
-# ------------------------------------------------------------------------------------------------------------
+# ---- Checkpoints of a run: one folder, whole or not there --------------------------------------------------
 def save_checkpoint(folder: Path, model, optimizer, cfg, step, meta, resumable=True):
     """Writes `folder` beside itself, syncs every file to disk, then renames it into place at once."""
     temporary = folder.parent / f".tmp-{folder.name}"
@@ -348,11 +356,9 @@ def claim(out: Path, cfg: Config):
     out.mkdir(parents=True, exist_ok=True)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Log and pictures
-# ------------------------------------------------------------------------------------------------------------
+# ---- Log and pictures --------------------------------------------------------------------------------------
 class Log:
-    """Rank 0's voice: stdout and log.txt, metrics.jsonl."""
+    """Rank 0's voice: stdout and log.txt, metrics.jsonl, curves.png."""
 
     def __init__(self, out: Path, rank: int):
         self.out, self.rank = out, rank
@@ -363,39 +369,38 @@ class Log:
             with open(self.out / "log.txt", "a") as file:
                 file.write(text + "\n")
 
-    def step(self, cfg, step, losses, gradient, speed, bad, trainer):
-        """The line of a log step: losses over all ranks, speed of the steps since the last line."""
-        lr = max(group["lr"] for group in trainer.optimizer.param_groups)
-        memory = torch.cuda.max_memory_allocated() / 1e9 if trainer.device.type == "cuda" else 0.0
-        eta = datetime.timedelta(seconds=int((cfg.steps - step) / speed))
-        images = speed * cfg.batch_size
-        text = " ".join(f"{key} {value:.4f}" for key, value in losses.items())
-        self.say(f"step {step}/{cfg.steps} {text} lr {lr:.1e} grad {gradient:.2f} img/s {images:.1f} "
-                 f"mem {memory:.1f}GB eta {eta}" + (f" bad {bad}" if bad else ""))
-        self.record(step=step, **losses, lr=lr, grad=gradient, img_s=images)
-
     def record(self, **values):
         if self.rank == 0:
             with open(self.out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(values) + "\n")
 
+    def draw_curves(self):
+        """The losses, learning rate and headline number over steps."""
+        series = {}
+        for line in (self.out / "metrics.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            for key in ("PQ", "mIoU", "AP", "loss", "mask", "dice", "class", "lr"):
+                if key in row and row[key] == row[key]:
+                    series.setdefault(key, []).append((row["step"], row[key]))
+        predict.draw_chart(series, self.out / "curves.png")
 
-def draw_curves(out: Path):
-    """curves.png from metrics.jsonl: the losses, and the evaluation's PQ, over steps."""
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    series = {}
-    for row in rows:
-        for key, value in row.items():
-            if key in ("loss", "mask", "dice", "class", "PQ", "mIoU", "AP", "lr") and value == value:
-                series.setdefault(key, []).append((row["step"], value))
-    predict.draw_chart(series, out / "curves.png")
+
+def describe(cfg, origin, model, images, world):
+    """The lines of --dry-run and of every start: settings with their origin, counts, steps."""
+    for field in dataclasses.fields(cfg):
+        value, where = getattr(cfg, field.name), origin.get(field.name)
+        if where or value != field.default:
+            print(f"  {field.name} = {value}  ({where or 'computed'})")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    parts = cfg.batch_size // cfg.device_batch_size // world
+    print(f"  parameters: {trained:,} trained, {frozen:,} frozen; steps {cfg.steps}; {images} training images; "
+          f"batch {cfg.batch_size} = {world} rank(s) x {cfg.device_batch_size} x {parts} part(s)")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Training
-# ------------------------------------------------------------------------------------------------------------
+# ---- Ranks and signals -------------------------------------------------------------------------------------
 class Stop:
-    """SIGTERM, SIGINT and SIGUSR1 ask for a checkpoint and an end at the next step; the second one ends at once."""
+    """SIGTERM, SIGINT and SIGUSR1 ask for a checkpoint and an end at the next step; a second ends at once."""
 
     def __init__(self):
         self.signal = 0
@@ -404,15 +409,18 @@ class Stop:
 
     def __call__(self, number, frame):
         if self.signal:
-            os._exit(130 if number == signal.SIGINT else 143)
+            os._exit(self.code())
         self.signal = number
+
+    def code(self) -> int:
+        return 130 if self.signal == signal.SIGINT else 143
 
 
 def start_ranks() -> tuple[int, int, torch.device]:
     """(rank, world, device) from torchrun's variables; one process without them."""
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if world > 1:  # gloo carries the small host-side agreements, NCCL the gradients
@@ -427,29 +435,27 @@ def total(values: torch.Tensor, world: int) -> torch.Tensor:
     return values
 
 
-def agree(parts, stop, queries, world) -> tuple[torch.Tensor, bool, int]:
-    """What all ranks know before a step: loss totals (2,), whether one was told to stop, undecodable images met."""
-    norm = sum(set_norm(part.targets, queries) for part in parts)
-    bad = sum(len(part.faults) for part in parts)
-    both = total(torch.tensor([*norm, stop.signal != 0, bad], dtype=torch.float64), world)
-    return both[:2], bool(both[2]), int(both[3])
-
-
+# ---- Training ----------------------------------------------------------------------------------------------
 class Trainer:
-    """What one step needs; `step` is the story of the file."""
+    """A model, its optimiser and its data; `fit` is the story of this file."""
 
-    def __init__(self, cfg, model, device, world, rank):
-        self.cfg, self.raw, self.device, self.world, self.rank = cfg, model, device, world, rank
+    def __init__(self, cfg, model, device, rank=0, world=1, log=None, sets=None):
+        self.cfg, self.raw, self.model, self.device = cfg, model, model, device
+        self.rank, self.world, self.log, self.sets = rank, world, log, sets
         self.accumulate = split_batch(cfg, world)
         self.criterion = SetLoss(model.config["num_classes"], cfg.num_points)
         self.windows = eomt.anneal_windows(cfg.steps, model.num_blocks)
         if cfg.first_window:
             self.windows[0] = cfg.first_window
-        groups = param_groups(model, cfg)
-        self.optimizer = torch.optim.AdamW(groups, cfg.lr, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
-        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[cfg.amp]
-        self.scaler = torch.amp.GradScaler(enabled=cfg.amp == "fp16" and device.type == "cuda")
-        self.model = model
+        cuda = device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(param_groups(model, cfg), cfg.lr, weight_decay=cfg.weight_decay,
+                                           fused=cuda)
+        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
+        if cfg.amp not in dtypes:
+            raise ValueError(f"--amp {cfg.amp}: unknown; one of {', '.join(dtypes)}")
+        self.cast = torch.autocast(device.type, dtypes[cfg.amp], enabled=cuda and cfg.amp != "off")
+        self.scaler = torch.amp.GradScaler(enabled=cuda and cfg.amp == "fp16")
+        self.best, self.bad, self.skipped, self.warned = -1.0, 0, 0, set()
 
     def wrap(self):
         """Compilation and ranks, after the weights are loaded."""
@@ -459,162 +465,188 @@ class Trainer:
             ids = [self.device.index] if self.device.type == "cuda" else None
             self.model = DistributedDataParallel(self.raw, device_ids=ids, gradient_as_bucket_view=True)
 
-    def backward(self, step, index, part, norm):
-        """Forward, loss and backward of one part of the batch; its losses come back detached."""
+    def agree(self, parts, stop) -> tuple[torch.Tensor, bool]:
+        """What all ranks know before a step: loss totals (2,), and whether one of them was told to stop."""
+        norm = sum(set_norm(part.targets, self.cfg.num_queries) for part in parts)
+        faults = [fault for part in parts for fault in part.faults]
+        for fault in dict.fromkeys(faults):
+            if fault not in self.warned:
+                print(f"warning: {fault}; another image takes its place", file=sys.stderr, flush=True)
+                self.warned.add(fault)
+        row = torch.tensor([*norm, bool(stop.signal), len(faults)], dtype=torch.float64)
+        *norm, stopping, bad = total(row, self.world)
+        self.bad += int(bad)
+        if self.bad > self.cfg.max_bad:
+            raise ValueError(f"{self.cfg.data}: {self.bad} undecodable training images, --max-bad is "
+                             f"{self.cfg.max_bad}; check the data with data.py --decode")
+        return torch.stack(norm), bool(stopping)
+
+    def backward(self, step, index, part, norm) -> dict[str, torch.Tensor]:
+        """Forward, loss and backward of part `index` of the batch; its losses, detached."""
         cfg = self.cfg
         first = (index * self.world + self.rank) * cfg.device_batch_size
         seeds = [slot_seed(cfg.seed, step, first + i) for i in range(len(part.names))]
         prob = eomt.anneal(step, self.windows) if cfg.masked_attn else []
-        mask_prob = torch.tensor(prob, device=self.device) if any(prob) else None
+        mask_prob = torch.tensor(prob).to(self.device, non_blocking=True) if any(prob) else None
         noise = query_noise(seeds, self.raw.num_blocks, cfg.num_queries).to(self.device, non_blocking=True)
         images = part.images.to(self.device, non_blocking=True)
         targets = [target.to(self.device) for target in part.targets]
         last = index == self.accumulate - 1
         with contextlib.nullcontext() if last or self.world == 1 else self.model.no_sync():
-            with torch.autocast(self.device.type, self.dtype, enabled=bool(self.dtype) and self.device.type == "cuda"):
+            with self.cast:
                 predictions = self.model(images, mask_prob, noise)
             losses = self.criterion(predictions, targets, norm, seeds, part.names)
-            self.scaler.scale(losses["loss"] * self.world).backward()  # DDP averages; the loss is already a share
+            self.scaler.scale(losses["loss"] * self.world).backward()  # DDP averages shares of a sum
         return {key: value.detach() for key, value in losses.items()}
 
-    def step(self, step, parts, norm) -> tuple[dict, torch.Tensor]:
-        """One optimiser step: losses of this rank, gradient norm before clipping. Not finite: weights are untouched."""
+    def step(self, step, parts, norm) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """One optimiser step: this rank's losses and the gradient norm before clipping."""
+        cfg = self.cfg
         for group in self.optimizer.param_groups:
-            group["lr"] = self.cfg.lr * group["factor"] * lr_at(step, self.cfg.steps, group["part"], self.cfg.warmup)
-        losses = [self.backward(step, i, part, norm) for i, part in enumerate(parts)]
+            group["lr"] = cfg.lr * group["factor"] * lr_at(step, cfg.steps, group["part"], cfg.warmup)
+        rows = [self.backward(step, i, part, norm) for i, part in enumerate(parts)]
+        losses = {key: sum(row[key] for row in rows) for key in rows[0]}
         self.scaler.unscale_(self.optimizer)
-        gradient = torch.nn.utils.clip_grad_norm_(self.raw.parameters(), self.cfg.clip_norm)
-        losses = {key: sum(part[key] for part in losses) for key in losses[0]}
-        if self.finite(losses, gradient):
+        gradient = torch.nn.utils.clip_grad_norm_(self.raw.parameters(), cfg.clip_norm)
+        # DDP has made the gradients, and so this answer, the same on all ranks. Under fp16 the scaler itself
+        # skips steps whose gradient overflows.
+        if (losses["loss"] if self.scaler.is_enabled() else gradient).isfinite():
             self.scaler.step(self.optimizer)
             self.scaler.update()
+        else:
+            self.not_finite(step, losses, gradient, parts)
         self.optimizer.zero_grad(set_to_none=True)
         return losses, gradient
 
-    def finite(self, losses, gradient) -> bool:
-        """DDP has made the gradients, and so this answer, the same on all ranks. Under fp16 the scaler itself skips
-        steps whose gradient overflows."""
-        return bool(losses["loss"].isfinite() if self.scaler.is_enabled() else gradient.isfinite())
+    def not_finite(self, step, losses, gradient, parts):
+        """A step with NaN or Inf leaves the weights alone; more of them than allowed end the run."""
+        self.skipped += 1
+        names = ", ".join(name for part in parts for name in part.names)
+        text = ", ".join(f"{key} {value:.4g}" for key, value in losses.items())
+        fault = f"step {step + 1}: not finite ({text}, gradient {gradient:.4g}); images {names}"
+        if self.skipped > self.cfg.skip_nonfinite:
+            raise ValueError(f"{fault}; lower --lr, or allow some with --skip-nonfinite")
+        self.log.say(f"warning: {fault}; step skipped")
+
+    def report(self, done, losses, gradient, seconds, steps):
+        """The line of a log step; the losses are summed over ranks, each holds its share."""
+        cfg = self.cfg
+        values = total(torch.stack([value.cpu().double() for value in losses.values()]), self.world).tolist()
+        losses = dict(zip(losses, values, strict=True))
+        lr = max(group["lr"] for group in self.optimizer.param_groups)
+        memory = torch.cuda.max_memory_allocated() / 1e9 if self.device.type == "cuda" else 0.0
+        eta = datetime.timedelta(seconds=int((cfg.steps - done) * seconds / steps))
+        speed = steps * cfg.batch_size / seconds
+        text = " ".join(f"{key} {value:.4f}" for key, value in losses.items())
+        bad = f" bad {self.bad}" if self.bad else ""
+        self.log.say(f"step {done}/{cfg.steps} {text} lr {lr:.1e} grad {gradient:.2f} img/s {speed:.1f} "
+                     f"mem {memory:.1f}GB eta {eta}{bad}")
+        self.log.record(step=done, **losses, lr=lr, grad=float(gradient), img_s=speed)
+
+    def save(self, step):
+        if self.rank == 0:
+            folder = self.log.out / f"step-{step:08d}"
+            save_checkpoint(folder, self.raw, self.optimizer, self.cfg, step, self.raw.meta)
+            tidy(self.log.out)
+
+    def evaluate(self, step):
+        """Validation on all ranks; rank 0 writes its line and pictures, and best/ when it is."""
+        cfg, model, out = self.cfg, self.raw, self.log.out
+        limit = 0 if step == cfg.steps else cfg.eval_limit
+        result = evaluation.evaluate(model, self.sets["val"], self.rank, self.world, cfg.workers, limit)
+        self.log.say(evaluation.line(result))
+        self.log.record(step=step, **result.numbers)
+        if self.rank == 0:
+            (out / "viz").mkdir(exist_ok=True)
+            predict.draw_comparison(model, self.sets["val"], out / "viz" / f"step_{step:08d}.png")
+            predict.draw_bars(result.per_class, out / f"{result.headline.lower()}_per_class.png")
+            self.log.draw_curves()
+            if not result.partial and not result.numbers[result.headline] <= self.best:  # nan is better
+                self.best = result.numbers[result.headline]
+                save_checkpoint(out / "best", model, self.optimizer, cfg, step, model.meta, resumable=False)
+            summary = dict(step=step, best=self.best, bad=self.bad, **result.numbers)
+            (out / "summary.json").write_text(json.dumps(summary, indent=1))
+        model.train()
+
+    def fit(self, first: int, stop: Stop) -> int:
+        """Steps first..cfg.steps; the exit code."""
+        cfg = self.cfg
+        batches = data.loader(self.sets["train"], cfg.batch_size, cfg.steps, cfg.seed, first, self.rank,
+                              self.world, cfg.device_batch_size, cfg.workers, pin=self.device.type == "cuda")
+        self.raw.train()
+        began, since = time.time(), first
+        for step in range(first, cfg.steps):
+            parts = [next(batches) for _ in range(self.accumulate)]
+            norm, stopping = self.agree(parts, stop)
+            if stopping:
+                self.save(step)
+                self.log.say(f"stopped by a signal at step {step}; continue with --resume")
+                return stop.code()
+            losses, gradient = self.step(step, parts, norm)
+            done = step + 1
+            last = done == cfg.steps
+            if last or done % cfg.log_every == 0:
+                self.report(done, losses, gradient, time.time() - began, done - since)
+                began, since = time.time(), done
+            if last or done % cfg.save_every == 0:
+                self.save(done)
+            if last or cfg.eval_every and done % cfg.eval_every == 0:
+                self.evaluate(done)
+                began, since = time.time(), done
+        return 0
 
 
-def describe(cfg, origin, model, images, world):
-    """The lines of --dry-run and of every start: settings with their origin, counts, steps."""
-    for field in dataclasses.fields(cfg):
-        value, where = getattr(cfg, field.name), origin.get(field.name)
-        if where or value != field.default:
-            print(f"  {field.name} = {value}  ({where or 'computed'})")
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters()) - trained
-    share = f"{world} rank(s) x {cfg.device_batch_size} x {cfg.batch_size // cfg.device_batch_size // world} part(s)"
-    print(f"  parameters: {trained:,} trained, {frozen:,} frozen; steps {cfg.steps}; batch {cfg.batch_size} = {share}"
-          + (f"; {images} training images" if images else ""))
+# ---- The run -----------------------------------------------------------------------------------------------
+IMAGES = dict(coco_panoptic=118287, coco_instance=117266, ade20k_panoptic=20210, ade20k_semantic=20210,
+              cityscapes_semantic=2975)  # training images of the official sets, for --dry-run without data
 
 
-def versions() -> dict:
-    sha = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return dict(git=sha.stdout.strip(), torch=torch.__version__, python=sys.version.split()[0], argv=sys.argv)
-
-
-def evaluate(trainer, dataset, step, best, log, limit=0) -> float:
-    """Validation on all ranks, its line and pictures, best/ when it is. Returns the best headline number so far."""
-    cfg, model = trainer.cfg, trainer.raw
-    result = evaluation.evaluate(model, dataset, trainer.rank, trainer.world, cfg.workers, limit)
-    log.say(evaluation.line(result))
-    model.train()
-    if trainer.rank:
-        return best
-    log.record(step=step, **result.numbers)
-    viz = log.out / "viz"
-    viz.mkdir(exist_ok=True)
-    predict.draw_comparison(model, dataset, viz / f"step_{step:08d}.png")
-    predict.draw_bars(result.per_class, log.out / f"{result.headline.lower()}_per_class.png")
-    model.train()
-    score = result.numbers[result.headline]
-    if score > best:
-        save_checkpoint(log.out / "best", model, trainer.optimizer, cfg, step, model.meta, resumable=False)
-        return score
-    return best
-
-
-def fit(trainer, sets, first, log, stop) -> int:
-    """The loop from step `first`; returns the exit code: 0, or 128 + signal after a stop that was asked for."""
-    cfg, out, model = trainer.cfg, log.out, trainer.raw
-    batches = data.loader(sets["train"], cfg.batch_size, cfg.steps, cfg.seed, first, trainer.rank, trainer.world,
-                          cfg.device_batch_size, cfg.workers, pin=trainer.device.type == "cuda")
-    best, bad, skipped, warned, began, seen = -1.0, 0, 0, set(), time.time(), first
-    summary = out / "summary.json"
-    if first and summary.exists():
-        best = json.loads(summary.read_text()).get("best", best)
-
-    def save(step):
-        if trainer.rank == 0:
-            save_checkpoint(out / f"step-{step:08d}", model, trainer.optimizer, cfg, step, model.meta)
-            tidy(out)
-
-    model.train()
-    for step in range(first, cfg.steps):
-        parts = [next(batches) for _ in range(trainer.accumulate)]
-        norm, stopping, faults = agree(parts, stop, cfg.num_queries, trainer.world)
-        if stopping:
-            save(step)
-            log.say(f"stopped by a signal at step {step}; continue with --resume")
-            return 128 + (stop.signal or signal.SIGTERM)
-        bad += faults
-        for fault in {fault for part in parts for fault in part.faults} - warned:
-            warned.add(fault)
-            print(f"warning: {fault}; another image takes its place", file=sys.stderr, flush=True)
-        if bad > cfg.max_bad:
-            raise ValueError(f"{bad} undecodable training images, --max-bad is {cfg.max_bad}; check the data with data.py")
-        losses, gradient = trainer.step(step, parts, norm)
-        if not trainer.finite(losses, gradient):
-            skipped += 1
-            names = ", ".join(name for part in parts for name in part.names)
-            text = ", ".join(f"{key} {value:.4g}" for key, value in losses.items())
-            fault = f"step {step + 1}: not finite ({text}, gradient {gradient:.4g}); images {names}"
-            if skipped > cfg.skip_nonfinite:
-                raise ValueError(f"{fault}; lower --lr, or allow some with --skip-nonfinite; weights are as before the step")
-            log.say(f"warning: {fault}; step skipped")
-        done = step + 1
-        if done % cfg.log_every == 0 or done == cfg.steps:
-            values = total(torch.tensor([value.item() for value in losses.values()]), trainer.world).tolist()
-            speed = (done - seen) / (time.time() - began)
-            log.step(cfg, done, dict(zip(losses, values, strict=True)), gradient.item(), speed, bad, trainer)
-            began, seen = time.time(), done
-        if done % cfg.save_every == 0 or done == cfg.steps:
-            save(done)
-        if done == cfg.steps or cfg.eval_every and done % cfg.eval_every == 0:
-            best = evaluate(trainer, sets["val"], done, best, log, 0 if done == cfg.steps else cfg.eval_limit)
-            if trainer.rank == 0:
-                summary.write_text(json.dumps(dict(step=done, best=best, images=done * cfg.batch_size, bad=bad)))
-                draw_curves(out)
-            began, seen = time.time(), done
-    return 0
-
-
-def prepare(cfg: Config, rank: int):
-    """Data sets of the run; --quick makes its own first."""
-    if cfg.quick and rank == 0 and not (Path(cfg.data) / "val2017.zip").exists():
-        data.write_shapes(cfg.data, data.TASKS[cfg.task].vocabulary, 1024, 128, 0)
-    if dist.is_initialized():
-        dist.barrier()
+def open_data(cfg: Config, rank: int) -> dict[str, data.SegmentDataset]:
+    """The two splits; the procedural world is written first where it is asked for and missing."""
+    task = data.TASKS[cfg.task]
     if not cfg.data:
         raise ValueError("--data is missing; give the folder that holds the data set's zips, or use --quick")
-    task = data.TASKS[cfg.task]
+    if cfg.data == QUICK["data"] and rank == 0 and not (Path(cfg.data) / "val2017.zip").exists():
+        data.write_shapes(cfg.data, task.vocabulary, 1024, 128, 0)
+    if dist.is_initialized():
+        dist.barrier()
     transform = data.Augment(cfg.size, cfg.scale, cfg.color_jitter)
     return dict(train=data.SegmentDataset(cfg.data, task, "train", transform),
                 val=data.SegmentDataset(cfg.data, task, "val"))
 
 
+def start(trainer: Trainer) -> int:
+    """Weights of the first step, and its number; a full or read-only disk is found now, not in an hour."""
+    cfg, log, model = trainer.cfg, trainer.log, trainer.raw
+    first = resume(log.out, model, trainer.optimizer, cfg, log.say) if cfg.resume else 0
+    if not first:
+        load_start(model, cfg, log.say)
+    elif (log.out / "summary.json").exists():
+        trainer.best = json.loads((log.out / "summary.json").read_text())["best"]
+    if trainer.rank == 0:
+        trial = log.out / "trial"
+        save_checkpoint(trial, model, trainer.optimizer, cfg, first, model.meta)
+        shutil.rmtree(trial)
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        sha = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        record = dict(config=dataclasses.asdict(cfg), argv=sys.argv, git=sha, torch=torch.__version__)
+        (log.out / "config.json").write_text(json.dumps(record, indent=1))
+    return first
+
+
 def run(cfg: Config, origin: dict) -> int:
+    """Everything between the settings and the exit code."""
     rank, world, device = start_ranks()
-    split_batch(cfg, world)
-    task = data.TASKS[cfg.task]
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    sets = None if cfg.dry_run else prepare(cfg, rank)
-    images = len(sets["train"]) if sets else {"coco": 118287, "ade2": 20210, "city": 2975}.get(cfg.task[:4], 0)
-    cfg.steps = cfg.steps or max(1, int(cfg.epochs * max(1, images // cfg.batch_size)))
+    if cfg.quick and device.type == "cpu":
+        torch.set_num_threads(1)  # as fast for a tiny model, and steady on a busy machine
+    split_batch(cfg, world)
+    task = data.TASKS[cfg.task]
+    sets = None if cfg.dry_run else open_data(cfg, rank)
+    images = len(sets["train"]) if sets else IMAGES.get(cfg.task, cfg.batch_size)
+    cfg.steps = cfg.steps or max(1, int(cfg.epochs * (images // cfg.batch_size)))
     model = make_model(cfg, task.vocabulary)
     if rank == 0:
         describe(cfg, origin, model, images, world)
@@ -626,45 +658,32 @@ def run(cfg: Config, origin: dict) -> int:
         tidy(out)
     if world > 1:
         dist.barrier()
-    log = Log(out, rank)
     words = task.vocabulary
-    model.meta = dict(task=cfg.task, kind=task.kind, size=cfg.size, names=list(words.names), ids=list(words.ids),
-                      thing=list(words.thing))
-    model.to(device)
-    trainer = Trainer(cfg, model, device, world, rank)
-    first = resume(out, model, trainer.optimizer, cfg, log.say) if cfg.resume else 0
-    if not first:
-        load_start(model, cfg, log.say)
-        if rank == 0:  # a full or read-only disk is found now, not after the first hour
-            save_checkpoint(out / ".tmp-trial", model, trainer.optimizer, cfg, 0, model.meta)
-            shutil.rmtree(out / ".tmp-trial")
-    if rank == 0:
-        (out / "config.json").write_text(json.dumps(dict(config=dataclasses.asdict(cfg), **versions()), indent=1))
+    model.meta = dict(task=cfg.task, kind=task.kind, size=cfg.size, data=cfg.data, names=list(words.names),
+                      ids=list(words.ids), thing=list(words.thing))
+    trainer = Trainer(cfg, model.to(device), device, rank, world, Log(out, rank), sets)
+    first, began = start(trainer), time.time()
     trainer.wrap()
-    began = time.time()
-    code = fit(trainer, sets, first, log, Stop())
+    code = trainer.fit(first, Stop())
     if code == 0:
-        log.say(f"done in {time.time() - began:.0f} s: {out}/best, {out}/curves.png, {out}/viz")
-        log.say(f"next: python eval.py --ckpt {out}    python predict.py --ckpt {out} IMAGE")
+        trainer.log.say(f"done in {time.time() - began:.0f} s: {out}/best, {out}/curves.png, {out}/viz\n"
+                        f"next: python eval.py --ckpt {out}    python predict.py --ckpt {out} IMAGE")
     return code
 
 
 def main():
-    debug = "--debug" in sys.argv
     try:
-        cfg, origin = parse(sys.argv[1:])
-        code = run(cfg, origin)
+        code = run(*parse(sys.argv[1:]))
     except (ValueError, OSError, RuntimeError) as error:
-        if debug:
+        if "--debug" in sys.argv:
             raise
-        print(f"error: {str(error).splitlines()[0] if str(error) else type(error).__name__}", file=sys.stderr)
-        code = 1
+        print(f"error: {(str(error) or type(error).__name__).splitlines()[0]}", file=sys.stderr, flush=True)
+        os._exit(1)  # not through the interpreter's end: other ranks may wait in a collective
     except KeyboardInterrupt:
         code = 130
-    if dist.is_initialized() and code != 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(code) if code == 1 and dist.is_initialized() else sys.exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
