@@ -1,16 +1,16 @@
-"""Encoder-only Mask Transformer (EoMT): a plain ViT that encodes image patches and segmentation queries together.
+"""Encoder-only Mask Transformer (EoMT): a plain ViT encodes image patches and segmentation queries together.
 
-In: uint8 (or 0..255 float) images (B,3,H,W), H and W divisible by the patch size; the model normalises them itself.
-Out: a list of `Prediction(masks, classes)` logits, last = final; `segment` turns images of any size into results.
+In: images (B,3,H,W), uint8 or 0..255 float, H and W multiples of the patch size; the model normalises them.
+Out: a list of `Prediction(masks, classes)` logits, last = final; `segment` takes images of any size.
 
-    model = load("runs/quick")                          # ours, model-zoo .bin, Lightning .ckpt or Hugging Face folder
-    result = segment(model, [photo], "panoptic")[0]     # photo uint8 (3,H,W) -> Panoptic(ids, labels, scores)
+    model = load("runs/quick")                       # ours, model-zoo .bin, Lightning .ckpt, Hugging Face
+    result = segment(model, [photo], "panoptic")[0]  # photo uint8 (3,H,W) -> Panoptic(ids, labels, scores)
 """
 # SPDX-License-Identifier: MIT
 import hashlib
 import json
 import math
-import os
+import pickle
 import re
 import sys
 from functools import partial
@@ -33,15 +33,13 @@ except ImportError:  # this file copied alone, or another package of that name: 
         return F.pad(allowed, (prefix_columns, num_keys - prefix_columns - allowed.shape[-1]), value=True)
 
     def masked_attention(q, k, v, bits, num_masked_rows):
-        """SDPA in two parts: the first `num_masked_rows` rows see what `bits` allows, the other rows see all keys."""
+        """SDPA in two parts: the first `num_masked_rows` rows see what `bits` allows, the others all keys."""
         n = num_masked_rows
         rows = F.scaled_dot_product_attention(q[:, :, :n], k, v, attn_mask=bits[:, None])  # (B, nh, n, hd)
         return torch.cat([rows, F.scaled_dot_product_attention(q[:, :, n:], k, v)], 2)  # (B, nh, N, hd)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Encoder: a plain ViT in the DINOv2 flavour (position table) or the DINOv3 flavour (RoPE, keys without bias)
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Encoder: a plain ViT, as DINOv2 (position table) or as DINOv3 (RoPE, keys without bias) -------------
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # Sizes of the DINOv2 and DINOv3 papers; num_blocks = blocks that see the queries, EoMT paper sec. 4.
@@ -69,8 +67,8 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         # Under RoPE a key bias would not cancel in the softmax, so DINOv3's missing one is held at zero.
-        used = torch.ones(3, 1).masked_fill(torch.tensor([[False], [not key_bias], [False]]), 0.0)  # (3, 1)
-        self.register_buffer("bias_used", None if key_bias else used.expand(3, width).flatten(), persistent=False)
+        used = None if key_bias else torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(width)  # (3*C,)
+        self.register_buffer("bias_used", used, persistent=False)
 
     def forward(self, x, attend):
         B, N, C = x.shape
@@ -113,8 +111,8 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Plain ViT. `embed` -> `blocks` -> `norm`; tokens are [cls | registers | patches].
 
-    `grid` is the trained position grid (h, w), resampled to any other; `rope` is the RoPE base and replaces the
-    position table (DINOv3). Patches are square, `prefix` = 1 + registers.
+    `grid` is the trained position grid (h, w), resampled to any other; `rope` is the RoPE base (DINOv3) and
+    replaces the position table. Patches are square, `prefix` = 1 + registers.
     """
 
     mean, std = IMAGENET_MEAN, IMAGENET_STD
@@ -123,9 +121,10 @@ class ViT(nn.Module):
                  rope=None, eps=1e-6):
         super().__init__()
         ffn = ffn or 4 * width
-        self.config = dict(width=width, depth=depth, heads=heads, patch=patch, grid=list(grid), registers=registers,
-                           ffn=ffn, swiglu=swiglu, rope=rope, eps=eps)
-        self.width, self.patch, self.prefix, self.grid, self.rope = width, patch, 1 + registers, tuple(grid), rope
+        self.config = dict(width=width, depth=depth, heads=heads, patch=patch, grid=list(grid),
+                           registers=registers, ffn=ffn, swiglu=swiglu, rope=rope, eps=eps)
+        self.width, self.patch, self.prefix, self.rope = width, patch, 1 + registers, rope
+        self.grid = tuple(grid)
         self.patch_embed = nn.Conv2d(3, width, patch, patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.reg_token = nn.Parameter(torch.zeros(1, registers, width))
@@ -148,7 +147,7 @@ class ViT(nn.Module):
         return torch.cat([prefix.to(x.dtype), x], 1), grid
 
     def attention(self, grid, attend=F.scaled_dot_product_attention):
-        """The attention function of one forward pass: `attend`, with q and k of the patches rotated under RoPE."""
+        """The attention function of one pass: `attend`, with q and k of the patches rotated under RoPE."""
         if self.rope is None:
             return attend
         head = self.width // self.config["heads"]
@@ -163,7 +162,7 @@ def _init_vit(module):
 
 
 def rope_angles(grid, head, base, device) -> Tensor:
-    """RoPE angles (h*w, hd) of the patch centres in [-1, 1] x [-1, 1], rows first (DINOv3 paper, sec. 3.2)."""
+    """RoPE angles (h*w, hd) of the patch centres in [-1, 1] x [-1, 1], rows first (DINOv3, sec. 3.2)."""
     h, w = grid
     y = (torch.arange(h, device=device) + 0.5) / h * 2 - 1  # (h,)
     x = (torch.arange(w, device=device) + 0.5) / w * 2 - 1  # (w,)
@@ -176,15 +175,16 @@ def rope_angles(grid, head, base, device) -> Tensor:
 def _attend_rotated(cos, sin, attend, q, k, v):
     def rotate(t):
         start = t.shape[2] - len(cos)  # patches come last; queries, cls and registers stay as they are
-        a, b = t[:, :, start:].chunk(2, -1)  # 2 x (B, nh, h*w, hd/2)
-        turned = t[:, :, start:] * cos.to(t.dtype) + torch.cat([-b, a], -1) * sin.to(t.dtype)  # (B, nh, h*w, hd)
+        patches = t[:, :, start:]  # (B, nh, h*w, hd)
+        a, b = patches.chunk(2, -1)  # 2 x (B, nh, h*w, hd/2)
+        turned = patches * cos.to(t.dtype) + torch.cat([-b, a], -1) * sin.to(t.dtype)  # (B, nh, h*w, hd)
         return torch.cat([t[:, :, :start], turned], 2)  # (B, nh, N, hd)
 
     return attend(rotate(q), rotate(k), v)
 
 
 def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Position table (1,h*w,C) from grid `old` to grid `new`: bicubic with antialias, in fp32, as timm does."""
+    """Position table (1,h*w,C) from grid `old` to `new`: bicubic with antialias, in fp32, as timm does."""
     if old == new:
         return table
     image = table.float().mT.unflatten(2, old)  # (1, C, h, w)
@@ -193,20 +193,18 @@ def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]
 
 
 def resample_patch(kernel: Tensor, patch: int) -> Tensor:
-    """Patch kernel (C,3,p,p) to (C,3,patch,patch) so that a resized patch keeps its embedding: the pseudo-inverse
-    of the bicubic resize (FlexiViT, arXiv 2212.08013, eq. 3)."""
+    """Patch kernel (C,3,p,p) to (C,3,patch,patch) so that a resized patch keeps its embedding: the
+    pseudo-inverse of the bicubic resize (FlexiViT, arXiv 2212.08013, eq. 3)."""
     old = kernel.shape[-1]
     if old == patch:
         return kernel
     basis = torch.eye(old * old).reshape(old * old, 1, old, old)  # every pixel of a patch as an image
-    resize = F.interpolate(basis, (patch, patch), mode="bicubic", antialias=True).flatten(1).mT  # (new^2, old^2)
-    inverse = torch.linalg.pinv(resize.double().mT)  # (new^2, old^2)
+    rows = F.interpolate(basis, (patch, patch), mode="bicubic", antialias=True).flatten(1)  # (old^2, new^2)
+    inverse = torch.linalg.pinv(rows.double())  # (new^2, old^2)
     return (kernel.double().flatten(2) @ inverse.mT).unflatten(2, (patch, patch)).to(kernel.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# EoMT
-# ---------------------------------------------------------------------------------------------------------------
+# ---- EoMT --------------------------------------------------------------------------------------------------
 class Prediction(NamedTuple):
     """Logits of one prediction: masks (B,Q,mh,mw), classes (B,Q,K+1) with no-object last."""
 
@@ -229,11 +227,11 @@ class ScaleBlock(nn.Module):
 
 
 class EoMT(nn.Module):
-    """Encoder-only Mask Transformer over an encoder with `embed`, `attention`, `blocks`, `norm`, `width`, `patch`,
-    `prefix`, `mean`, `std`. K = num_classes, Q = num_queries.
+    """Encoder-only Mask Transformer over an encoder with `embed`, `attention`, `blocks`, `norm`, `width`,
+    `patch`, `prefix`, `mean`, `std`. K = num_classes, Q = num_queries.
 
-    In training mode `forward` returns num_blocks + 1 predictions, in evaluation mode the final one alone, unless
-    `mask_prob` asks for masked attention there too. `meta` is what a checkpoint says of itself (task, classes, step).
+    `forward` returns num_blocks + 1 predictions in training mode and wherever `mask_prob` asks for masked
+    attention, else the final one alone. `meta` is what a checkpoint says of itself (task, classes).
     """
 
     def __init__(self, encoder, num_classes, num_queries=200, num_blocks=None):
@@ -254,18 +252,24 @@ class EoMT(nn.Module):
         self.register_buffer("mean", torch.tensor(encoder.mean).reshape(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(encoder.std).reshape(1, 3, 1, 1), persistent=False)
 
-    def forward(self, images: Tensor, mask_prob: Tensor | None = None, noise: Tensor | None = None
-                ) -> list[Prediction]:
-        """images uint8 or 0..255 float (B,3,H,W); mask_prob (num_blocks,) in [0,1], the share of queries whose
-        attention is masked in each block, None = nowhere; noise (B,num_blocks,Q) uniform decides which."""
-        x, grid = self.encoder.embed((images.to(self.mean.dtype) / 255 - self.mean) / self.std)  # (B, P+h*w, C)
+    def forward(
+        self, images: Tensor, mask_prob: Tensor | None = None, noise: Tensor | None = None
+    ) -> list[Prediction]:
+        """images uint8 or 0..255 float (B,3,H,W); mask_prob (num_blocks,) in [0,1], the share of queries with
+        masked attention in each block, None = nowhere; noise (B,num_blocks,Q) uniform decides which.
+        Raises ValueError for sides that patches do not fill."""
+        height, width, patch = *images.shape[2:], self.encoder.patch
+        if height % patch or width % patch:
+            raise ValueError(f"{height}x{width} pixels do not split into patches of {patch}; resize or pad")
+        images = (images.to(self.mean.dtype) / 255 - self.mean) / self.std  # (B, 3, H, W)
+        x, grid = self.encoder.embed(images)  # (B, P+h*w, C)
         attend = self.encoder.attention(grid)
         first = len(self.encoder.blocks) - self.num_blocks
         for block in self.encoder.blocks[:first]:
             x = block(x, attend)
         x = torch.cat([self.q.weight.to(x.dtype).expand(len(x), -1, -1), x], 1)  # (B, N, C)
         if mask_prob is not None and noise is None:
-            noise = torch.rand(len(x), self.num_blocks, len(self.q.weight), device=x.device)  # (B, num_blocks, Q)
+            noise = torch.rand(len(x), self.num_blocks, self.q.num_embeddings, device=x.device)
         predictions = []
         for i, block in enumerate(self.encoder.blocks[first:]):
             if self.training or mask_prob is not None:
@@ -276,16 +280,16 @@ class EoMT(nn.Module):
         return [*predictions, self.predict(x, grid)]
 
     def masked(self, masks, grid, keep_prob, noise):
-        """The attention in which query q sees only the patches where its mask logits (B,Q,mh,mw) are positive."""
-        num_queries, open_columns = len(self.q.weight), len(self.q.weight) + self.encoder.prefix
-        bits = pack_mask(masks.detach(), grid, open_columns, open_columns + grid[0] * grid[1], keep_prob, noise)
-        return self.encoder.attention(grid, partial(masked_attention, bits=bits, num_masked_rows=num_queries))
+        """Attention in which query q sees only the patches where its mask logits (B,Q,mh,mw) are positive."""
+        rows, start = masks.shape[1], masks.shape[1] + self.encoder.prefix  # queries; first patch column
+        bits = pack_mask(masks.detach(), grid, start, start + grid[0] * grid[1], keep_prob, noise)
+        return self.encoder.attention(grid, partial(masked_attention, bits=bits, num_masked_rows=rows))
 
     def predict(self, x: Tensor, grid: tuple[int, int]) -> Prediction:
         """Tokens (B,N,C) -> mask logits (B,Q,mh,mw) and class logits (B,Q,K+1)."""
         x = self.encoder.norm(x)
-        num_queries = len(self.q.weight)
-        queries, patches = x[:, :num_queries], x[:, num_queries + self.encoder.prefix:]  # (B, Q, C), (B, h*w, C)
+        queries = x[:, :self.q.num_embeddings]  # (B, Q, C)
+        patches = x[:, self.q.num_embeddings + self.encoder.prefix:]  # (B, h*w, C)
         features = self.upscale(patches.mT.unflatten(2, grid))  # (B, C, mh, mw)
         masks = torch.einsum("bqc,bchw->bqhw", self.mask_head(queries), features)  # (B, Q, mh, mw)
         return Prediction(masks, self.class_head(queries))
@@ -298,13 +302,11 @@ def anneal_windows(total: int, num_blocks: int) -> list[tuple[float, float]]:
 
 
 def anneal(step: int, windows: list[tuple[float, float]]) -> list[float]:
-    """The probability that a query keeps its mask, per block: 1 before the window, (1 - progress)^0.9, 0 after."""
-    return [(1 - min(1.0, max(0.0, (step - start) / max(end - start, 1e-9)))) ** 0.9 for start, end in windows]
+    """Share of queries that keep their mask, per block: 1 before the window, (1 - progress)^0.9, 0 after."""
+    return [(1 - min(1.0, max(0.0, (step - a) / max(b - a, 1e-9)))) ** 0.9 for a, b in windows]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Post-processing and `segment`, the one inference path
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Post-processing and `segment`, the one inference path -------------------------------------------------
 class Panoptic(NamedTuple):
     """ids int32 (H,W), 0 = void, segment s has id s+1; labels int64 (S,), scores float (S,)."""
 
@@ -321,7 +323,8 @@ class Instances(NamedTuple):
     scores: Tensor
 
 
-_CHUNK = 1 << 26  # values of one upsampled chunk (256 MB in fp32): memory does not grow with the number of queries
+_CHUNK = 1 << 26  # values of one upsampled chunk (256 MB in fp32): memory does not grow with the queries
+_LONG = 8  # longer strips are cut: the class scores of a 1x1500 one at window height would need 200 GB
 
 
 def _restore(masks, window, content, size):
@@ -336,9 +339,12 @@ def panoptic(masks: Tensor, classes: Tensor, window, content, size, thing, score
              mask_threshold=0.5, overlap_threshold=0.8) -> Panoptic:
     """One image's logits, masks (Q,mh,mw) and classes (Q,K+1), to a panoptic map of `size` (H,W).
 
-    window: (h,w) of the network input; content: (h,w) of the image in it (the rest is padding); thing: K bools.
-    Thresholds from the EoMT paper's evaluation: class score > 0.8, mask >= 0.5, kept share of a mask >= 0.8.
+    window: (h,w) of the network input; content: (h,w) of the image in it without padding; thing: K bools.
+    Thresholds of upstream's evaluation: class score > 0.8, mask >= 0.5, kept share of a mask >= 0.8 (> 0.8 in
+    transformers). Raises ValueError where `thing` does not fit the classes.
     """
+    if thing is None or len(thing) != classes.shape[-1] - 1:
+        raise ValueError(f"thing: not one bool for each of {classes.shape[-1] - 1} classes; see vocab.py")
     scores, labels = classes.float().softmax(-1).max(-1)  # (Q,), (Q,)
     keep = ((labels != classes.shape[-1] - 1) & (scores > score_threshold)).nonzero()[:, 0]  # (k,)
     scores, labels = scores[keep], labels[keep]
@@ -347,7 +353,7 @@ def panoptic(masks: Tensor, classes: Tensor, window, content, size, thing, score
         return Panoptic(ids, labels, scores)
     best = torch.full(size, -1.0, device=masks.device)  # (H, W) highest score * probability so far
     owner = torch.zeros(size, dtype=torch.int64, device=masks.device)  # (H, W) which kept query has it
-    inside = torch.zeros(size, dtype=torch.bool, device=masks.device)  # (H, W) is that query's own mask >= 0.5 here?
+    inside = torch.zeros(size, dtype=torch.bool, device=masks.device)  # (H, W) is its own mask >= 0.5 here?
     own, first = [], 0
     for logits in _restore(masks[keep], window, content, size):
         prob = logits.sigmoid()  # (n, H, W)
@@ -367,21 +373,19 @@ def panoptic(masks: Tensor, classes: Tensor, window, content, size, thing, score
 
 def _merge_stuff(ids, owner, inside, good, labels, scores, thing) -> Panoptic:
     """Number the good segments 1.. in query order; stuff of one class shares a number."""
-    number, kept, stuff = [0] * len(good), [], {}
+    number, kept, segments = [], [], {}
     for k, label in enumerate(labels.tolist()):
-        if not good[k]:
-            continue
-        if not thing[label] and label in stuff:
-            number[k] = stuff[label]
-            continue
-        kept.append(k)
-        number[k] = stuff[label] = len(kept)
+        segment = ("thing", k) if thing[label] else ("stuff", label)
+        if good[k] and segment not in segments:
+            kept.append(k)
+            segments[segment] = len(kept)
+        number.append(segments[segment] if good[k] else 0)
     table = torch.tensor(number, dtype=torch.int32, device=ids.device)  # (k,)
     return Panoptic(torch.where(inside, table[owner], ids), labels[kept], scores[kept])
 
 
 def instance(masks: Tensor, classes: Tensor, window, content, size, top=100) -> Instances:
-    """One image's logits to the `top` (query, class) pairs; score = class score * mean probability inside the mask."""
+    """One image's logits to the `top` (query, class) pairs; score = class score * mean probability inside."""
     prob = classes.float().softmax(-1)[:, :-1]  # (Q, K)
     scores, flat = prob.flatten().topk(min(top, prob.numel()))
     query, labels = flat // prob.shape[1], flat % prob.shape[1]  # (n,), (n,)
@@ -389,7 +393,7 @@ def instance(masks: Tensor, classes: Tensor, window, content, size, top=100) -> 
     for logits in _restore(masks[query], window, content, size):
         mask = logits > 0  # (n', H, W)
         area = mask.flatten(1).sum(1)  # (n',)
-        quality.append((logits.sigmoid() * mask).flatten(1).sum(1) / (area + 1e-6))  # 1e-6 as upstream: empty -> 0
+        quality.append((logits.sigmoid() * mask).flatten(1).sum(1) / (area + 1e-6))  # empty -> 0, as upstream
         out.append(mask)
     scores, order = (scores * torch.cat(quality)).sort(descending=True, stable=True)
     return Instances(torch.cat(out)[order], labels[order], scores)
@@ -406,6 +410,7 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     import numpy as np
     from PIL import Image
 
+    assert image.dtype == torch.uint8 and len(image) == 3, f"uint8 (3,H,W): {image.dtype} {image.shape}"
     if tuple(image.shape[1:]) == tuple(size):
         return image
     array = np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy())  # (H, W, 3)
@@ -433,13 +438,14 @@ def segment(model: nn.Module, images: list[Tensor], kind: str, window: tuple[int
 
     kind: "panoptic" -> Panoptic, "instance" -> Instances, "semantic" -> int64 class map (H,W).
     window: network input (h,w), default model.meta["size"]; thing: K bools, default model.meta["thing"].
-    batch: at most this many windows go through the network at once.
+    batch: at most this many windows go through the network at once. Raises ValueError for an unknown kind.
     """
+    if kind not in ("panoptic", "instance", "semantic"):
+        raise ValueError(f"kind {kind}: unknown; one of panoptic, instance, semantic")
     window = window or (model.meta["size"],) * 2
-    thing = thing or model.meta.get("thing")
     if kind == "semantic":
         return [_segment_semantic(model, image, window, mask_prob, batch) for image in images]
-    finish = {"panoptic": partial(panoptic, thing=thing), "instance": instance}[kind]
+    finish = partial(panoptic, thing=thing or model.meta.get("thing")) if kind == "panoptic" else instance
     results = []
     for start in range(0, len(images), batch):
         part = images[start:start + batch]
@@ -454,74 +460,81 @@ def segment(model: nn.Module, images: list[Tensor], kind: str, window: tuple[int
 
 
 def _segment_semantic(model, image, window, mask_prob, batch):
-    """Evenly overlapping windows along the long side; class scores averaged over windows, then resized back."""
+    """Evenly overlapping windows along the long side; class scores are averaged, then resized back."""
     size = tuple(image.shape[1:])
+    if max(size) > _LONG * min(size):
+        halves = image.chunk(2, 1 if size[0] > size[1] else 2)  # 2 x (3, H/2, W) or (3, H, W/2)
+        labels = [_segment_semantic(model, half, window, mask_prob, batch) for half in halves]
+        return torch.cat(labels, 0 if size[0] > size[1] else 1)  # (H, W)
     factor = max(window[0] / size[0], window[1] / size[1])
     scaled = tuple(max(w, round(s * factor)) for s, w in zip(size, window, strict=True))
     image = resize(image, scaled)
     axis = 0 if scaled[0] / window[0] >= scaled[1] / window[1] else 1
     count = math.ceil(scaled[axis] / window[axis])
-    overlap = (count * window[axis] - scaled[axis]) / max(1, count - 1)
-    starts = [int(j * (window[axis] - overlap)) for j in range(count)]
+    # Whole numbers: in upstream's floats the last of 8 windows can end a pixel early, that column unscored.
+    starts = [j * (scaled[axis] - window[axis]) // max(1, count - 1) for j in range(count)]
     crops = torch.stack([image.narrow(axis + 1, s, window[axis]) for s in starts])  # (n, 3, h, w)
-    total, hits = 0, torch.zeros(scaled[axis], device=model.mean.device)  # (long side,)
-    for first in range(0, count, batch):
-        scores = semantic(*_network(model, crops[first:first + batch], mask_prob), window)  # (n', K, h, w)
-        if first == 0:
-            total = scores.new_zeros(scores.shape[1], *scaled)  # (K, H', W')
-        for start, score in zip(starts[first:], scores, strict=False):
-            total.narrow(axis + 1, start, window[axis]).add_(score)
-            hits[start:start + window[axis]] += 1
-    total /= hits[:, None] if axis == 0 else hits
-    best, label = torch.full(size, -1.0, device=total.device), torch.zeros(size, dtype=torch.int64, device=total.device)
+    scores = torch.cat([semantic(*_network(model, part, mask_prob), window) for part in crops.split(batch)])
+    total = scores.new_zeros(scores.shape[1], *scaled)  # (K, H', W')
+    hits = scores.new_zeros(scaled)  # (H', W')
+    for start, score in zip(starts, scores, strict=True):
+        total.narrow(axis + 1, start, window[axis]).add_(score)
+        hits.narrow(axis, start, window[axis]).add_(1)
+    total /= hits
+    best = torch.full(size, -1.0, device=total.device)  # (H, W)
+    label = torch.zeros(size, dtype=torch.int64, device=total.device)  # (H, W)
     step = max(1, _CHUNK // (size[0] * size[1]))
     for first in range(0, len(total), step):  # 150 classes of a 100 MP photo do not fit: running maximum
-        value, index = F.interpolate(total[None, first:first + step], size, mode="bilinear")[0].max(0)  # (H, W) x 2
+        scores = F.interpolate(total[None, first:first + step], size, mode="bilinear")[0]  # (K', H, W)
+        value, index = scores.max(0)  # (H, W) x 2
         better = value > best
         best, label = torch.where(better, value, best), torch.where(better, index + first, label)
     return label
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Checkpoints: one strict reader for ours, the model zoo, Lightning, timm and Hugging Face names
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Checkpoints: one strict reader for ours, the model zoo, Lightning, timm and Hugging Face names --------
 _HEADER = "nanoeomt"  # key of our JSON in the safetensors header
+_FILES = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json")
 
-# (pattern, ours), applied in order to every key of a foreign file. HF = transformers' Eomt, EomtDinov3, Dinov2*,
-# DINOv3ViT; zoo = the published .bin files. A trailing "#i" marks part i of a packed tensor.
-_RENAMES = [(re.compile(pattern), ours) for pattern, ours in (
+# Our names and those of transformers' Eomt: `read` reads by this table, `save_hf` writes by it.
+_HF = (
+    ("encoder.cls_token", "embeddings.cls_token"),
+    ("encoder.reg_token", "embeddings.register_tokens"),
+    ("encoder.pos_embed", "embeddings.position_embeddings.weight"),
+    ("encoder.patch_embed.", "embeddings.patch_embeddings.projection."),
+    ("encoder.norm.", "layernorm."),
+    ("encoder.blocks.", "layers."),
+    (".attn.proj.", ".attention.out_proj."),
+    (".ls1", ".layer_scale1.lambda1"),
+    (".ls2", ".layer_scale2.lambda1"),
+    ("q.weight", "query.weight"),
+    ("class_head.", "class_predictor."),
+    ("mask_head.0.", "mask_head.fc1."),
+    ("mask_head.2.", "mask_head.fc2."),
+    ("mask_head.4.", "mask_head.fc3."),
+    ("upscale.", "upscale_block.block."),
+    (".norm.", ".layernorm2d."),
+)
+# What others write (the published .bin files, timm, transformers' EomtDinov3, Dinov2*, DINOv3ViT), applied in
+# order before the table. "#q" marks the q part of a packed tensor.
+_ALIASES = [(re.compile(pattern), name) for pattern, name in (
     (r"^(module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.", ""),
-    (r"^network\.encoder\.backbone\.", "encoder."),
-    (r"^network\.(?!encoder)", ""),
+    (r"^network\.", ""),
+    (r"^encoder\.backbone\.", "encoder."),
     (r"^(encoder\.|model\.)?(layers?|blocks)\.(?=\d)", "encoder.blocks."),
     (r"^(cls_token|reg_token|pos_embed|patch_embed|norm|mask_token)(?=$|\.)", r"encoder.\1"),
-    (r"^(embeddings|encoder\.patch_embed)\.(cls_token|mask_token)$", r"encoder.\2"),
-    (r"^(embeddings|encoder\.patch_embed)\.register_tokens$", "encoder.reg_token"),
-    (r"^embeddings\.position_embeddings(\.weight)?$", "encoder.pos_embed"),
-    (r"^(embeddings|encoder\.patch_embed)\.(patch_embeddings\.)?(proj(ection)?\.)?(?=weight|bias)", "encoder.patch_embed."),
-    (r"^layernorm\.", "encoder.norm."),
-    (r"\.attention\.(attention\.)?(q_proj|query)\.(weight|bias)$", r".attn.qkv.\3#0"),
-    (r"\.attention\.(attention\.)?(k_proj|key)\.(weight|bias)$", r".attn.qkv.\3#1"),
-    (r"\.attention\.(attention\.)?(v_proj|value)\.(weight|bias)$", r".attn.qkv.\3#2"),
-    (r"\.attention\.(out_proj|o_proj|output\.dense)\.", ".attn.proj."),
-    (r"\.(ls|layer_scale)([12])\.(gamma|lambda1)$", r".ls\2"),
-    (r"\.mlp\.gate_proj\.(weight|bias)$", r".mlp.fc1.\1#0"),
-    (r"\.mlp\.up_proj\.(weight|bias)$", r".mlp.fc1.\1#1"),
+    (r"^encoder\.patch_embed\.(?=cls_token|mask_token|register_tokens|patch_embeddings)", "embeddings."),
+    (r"^(embeddings\.patch_embeddings|encoder\.patch_embed\.proj)\.(?=weight|bias)", "encoder.patch_embed."),
+    (r"^embeddings\.position_embeddings$", "encoder.pos_embed"),
+    (r"\.attention\.(attention\.)?([qkv])(_proj|uery|ey|alue)\.(weight|bias)$", r".attn.qkv.\4#\2"),
+    (r"\.attention\.(o_proj|output\.dense)\.", ".attn.proj."),
+    (r"\.ls([12])\.gamma$", r".ls\1"),
+    (r"\.mlp\.(gate|up)_proj\.(weight|bias)$", r".mlp.fc1.\2#\1"),
     (r"\.mlp\.weights_in\.", ".mlp.fc1."),
     (r"\.mlp\.(weights_out|down_proj)\.", ".mlp.fc2."),
-    (r"^query\.", "q."),
-    (r"^class_predictor\.", "class_head."),
-    (r"^mask_head\.fc1\.", "mask_head.0."),
-    (r"^mask_head\.fc2\.", "mask_head.2."),
-    (r"^mask_head\.fc3\.", "mask_head.4."),
-    (r"^upscale_block\.block\.", "upscale."),
-    (r"\.layernorm2d\.", ".norm."),
 )]
-# Keys that hold no weight of the model: annealing state, constants of the input and of the loss.
-_IGNORED = re.compile(r"(^|\.)(attn_mask_probs|pixel_mean|pixel_std|empty_weight|encoder\.mask_token)$|^rope_embeddings\.")
-
-
-_FILES = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json")
+# Keys that hold no weight of the model: annealing state, constants of the input, of RoPE and of the loss.
+_IGNORED = re.compile(r"(^|\.)(attn_mask_probs|pixel_mean|pixel_std|empty_weight|mask_token|rope_emb.*)$")
 
 
 def sha256(path: Path) -> str:
@@ -531,13 +544,13 @@ def sha256(path: Path) -> str:
 
 
 def damaged(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder that carries sums in meta.json (torch and safetensors both load flipped
-    bits without a word), None if nothing."""
+    """What is wrong with a checkpoint folder that carries sums in meta.json, None if nothing: torch and
+    safetensors both load flipped bits without a word."""
     if not (folder / "meta.json").exists():
         return None
     try:
-        sums = json.loads((folder / "meta.json").read_text())["sha256"]
-    except (ValueError, KeyError, OSError):
+        sums = dict(_json(folder / "meta.json")["sha256"])
+    except (ValueError, KeyError, TypeError):
         return f"{folder}!meta.json: damaged; use another checkpoint"
     for name, want in sums.items():
         if not (folder / name).exists() or sha256(folder / name) != want:
@@ -545,146 +558,154 @@ def damaged(folder: Path) -> str | None:
     return None
 
 
-def find(path: str | Path) -> Path:
-    """A run folder (best, else the newest whole step), a step folder, a Hugging Face folder or a file -> weight file.
+def _json(path):
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        raise ValueError(f"{path}: damaged JSON; copy or download it again") from None
 
-    Raises ValueError if the one checkpoint that `path` names is damaged; in a run folder the next one is taken.
+
+def find(path: str | Path) -> Path:
+    """The weight file of a run folder (best, else the newest step), of a step or Hugging Face folder, of a
+    Hugging Face repository (by name, downloaded), or the file itself.
+
+    Raises FileNotFoundError, or ValueError for a damaged checkpoint; in a run folder the next one is taken.
     """
     path = Path(path)
+    if not path.exists():
+        return _download(str(path))
     if not path.is_dir():
         return path
     steps = sorted((p for p in path.glob("step-*") if p.name[5:].isdigit()), key=lambda p: -int(p.name[5:]))
-    folders = [f for f in (path, path / "best", *steps) if any((f / name).exists() for name in _FILES)]
-    if not folders:
-        raise FileNotFoundError(f"{path}: no checkpoint in this folder; give a run, a step-* folder or a weight file")
     faults = []
-    for folder in folders:
-        fault = damaged(folder)
-        if fault is None:
-            if faults:
+    for folder in (path, path / "best", *steps):
+        weights = next((folder / name for name in _FILES if (folder / name).exists()), None)
+        if weights is None:
+            continue
+        faults.append(damaged(folder))
+        if faults[-1] is None:
+            if faults[0]:
                 print(f"warning: {faults[0]}; taking {folder}", file=sys.stderr)
-            return next(folder / name for name in _FILES if (folder / name).exists())
-        faults.append(fault)
-    raise ValueError(faults[0])
+            return weights
+    if faults:
+        raise ValueError(faults[0])
+    raise FileNotFoundError(f"{path}: no checkpoint in this folder; give a run, a step-* folder or a file")
 
 
 def _download(name: str) -> Path:
     """The weight file of a Hugging Face repository, where huggingface_hub is installed and can reach it."""
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError:
-        raise FileNotFoundError(f"{name}: no such file; for a Hugging Face name pip install huggingface_hub") from None
-    error = None
-    for file in ("model.safetensors", "pytorch_model.bin"):
-        try:
-            weights = Path(hf_hub_download(name, file))
-            if file == "model.safetensors":
-                hf_hub_download(name, "config.json")
-            return weights
-        except Exception as e:  # the hub raises many types; all of them mean that the file was not fetched
-            error = error or e
-    raise FileNotFoundError(f"{name}: no such file here and not fetched from Hugging Face ({type(error).__name__}); "
-                            f"download model.safetensors or pytorch_model.bin of {name} and give its path")
+    fault = "no such checkpoint; give a run folder, a file or a Hugging Face name"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).parent.exists():
+        for files in (("config.json", "model.safetensors"), ("pytorch_model.bin",)):
+            try:
+                from huggingface_hub import hf_hub_download
+
+                return [Path(hf_hub_download(name, file)) for file in files][-1]
+            except (ImportError, OSError, ValueError) as e:  # not installed; offline, not there, not allowed
+                fault = (f"no such file, and not fetched from Hugging Face ({type(e).__name__}); "
+                         f"download model.safetensors or pytorch_model.bin of {name} and give its path")
+    raise FileNotFoundError(f"{name}: {fault}")
 
 
 def _raw(path: Path) -> tuple[dict[str, Tensor], dict]:
     """Tensors of a weight file as they are named there, and our JSON header ({} in foreign files)."""
-    if not path.exists():
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.parent.exists():
-            path = _download(str(path))
-        else:
-            raise FileNotFoundError(f"{path}: no such checkpoint; give a run folder, a weight file or a HF name")
-    with open(path, "rb") as file:
-        head = file.read(256)
-    for sign, what in ((b"", "empty"), (b"<", "an HTML page"), (b"version https://git-lfs", "a git-lfs pointer")):
-        if head == sign or sign and head.lstrip().lower().startswith(sign):
-            raise ValueError(f"{path}: the file is {what}, not weights; download it again")
-    if path.name.endswith(".index.json"):
-        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-        return {k: v for shard in shards for k, v in _raw(path.parent / shard)[0].items()}, {}
-    if path.suffix == ".safetensors":
-        return _raw_safetensors(path)
-    return _raw_pickle(path), {}
-
-
-def _raw_safetensors(path):
     from safetensors import SafetensorError, safe_open
 
+    _refuse_page(path)
+    if path.name.endswith(".index.json"):
+        shards = sorted(set(_json(path).get("weight_map", {}).values()))
+        return {k: v for shard in shards for k, v in _raw(path.parent / shard)[0].items()}, {}
     try:
-        with safe_open(str(path), "pt") as file:
-            header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
-            return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118 (not a dict)
-    except (SafetensorError, ValueError) as e:
-        raise ValueError(f"{path}: cut or damaged safetensors file ({str(e).splitlines()[0]}); "
-                         "copy or download it again") from None
-
-
-def _raw_pickle(path):
-    import pickle
-
-    try:
+        if path.suffix == ".safetensors":
+            with safe_open(str(path), "pt") as file:
+                header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+                return {key: file.get_tensor(key) for key in file.keys()}, header
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as e:
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as e:
         if re.search(r"unsupported (global|class)|instantiate|not allowed", str(e).lower()):
-            raise ValueError(f"{path}: refused: holds code, not only tensors; ask its author for safetensors") from None
-        raise ValueError(f"{path}: cut or damaged file; copy or download it again") from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as e:
-        raise ValueError(f"{path}: cut or damaged file ({str(e).splitlines()[0]}); copy or download it again") from None
-    if not isinstance(state, dict):
-        raise ValueError(f"{path}: holds a {type(state).__name__}, not a dictionary of tensors; export a state dict")
-    state = state.get("state_dict", state)  # Lightning keeps it one level down
-    bad = [k for k, v in state.items() if not isinstance(v, Tensor)]
-    if bad:
-        raise ValueError(f"{path}!{bad[0]}: not a tensor; give a file that holds a state dict")
-    return state
+            raise ValueError(f"{path}: refused: holds code; ask its author for safetensors") from None
+        fault = f"cut or damaged file ({type(e).__name__}); copy or download it again"
+        raise ValueError(f"{path}: {fault}") from None
+    if isinstance(state, dict):
+        state = state.get("state_dict", state)  # Lightning keeps it one level down
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path}: holds other things than tensors by name; export a state dict")
+    return state, {}
+
+
+def _refuse_page(path):
+    """What a download often leaves in place of the weights is said by its name."""
+    with open(path, "rb") as file:
+        head = file.read(256).lstrip().lower()
+    kinds = {"empty": not head, "an HTML page": head.startswith(b"<"),
+             "a git-lfs pointer": head.startswith(b"version https://git-lfs")}
+    for what, found in kinds.items():
+        if found:
+            raise ValueError(f"{path}: the file is {what}, not weights; download it again")
 
 
 def _rename(raw, path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Foreign tensors under our names, and for every one of ours the key it came from (for error messages)."""
-    dinov3 = not any(re.search(r"pos_embed$|position_embeddings", key) for key in raw)
-    state, origin, parts = {}, {}, {}
+    """Foreign tensors under our names, and the key that each of ours came from (for error messages)."""
+    gated = any(".gate_proj." in key for key in raw)
+    parts, origin = {}, {}
     for key, value in raw.items():
         name = key
-        for pattern, ours in _RENAMES:
+        for pattern, ours in _ALIASES:
             name = pattern.sub(ours, name)
+        for ours, theirs in _HF:
+            name = name.replace(theirs, ours)
+        name, _, part = name.partition("#")
         if _IGNORED.search(name):
             continue
-        name, _, part = name.partition("#")
-        if dinov3 and ".mlp.fc1." in name:
-            part = ""  # DINOv3 calls its single projection up_proj
-        if name in origin and not part:
+        if part == "up" and not gated:
+            part = ""  # DINOv3's plain MLP calls its only first layer up_proj
+        if part in parts.setdefault(name, {}):
             raise ValueError(f"{path}!{key}: the same tensor as {origin[name]}; remove one of them")
-        origin[name] = key
-        if part:
-            parts.setdefault(name, {})[int(part)] = value
-        else:
-            state[name] = value
-    for name, pieces in parts.items():
-        count = 3 if ".qkv." in name else 2
-        if dinov3 and name.endswith("qkv.bias") and 1 not in pieces:
-            pieces[1] = torch.zeros_like(pieces[0])  # DINOv3's keys have no bias
-        if len(pieces) != count:
-            raise ValueError(f"{path}!{origin[name]}: {count - len(pieces)} part(s) of {name} missing; "
-                             "the file is not whole")
-        state[name] = torch.cat([pieces[i] for i in range(count)])
+        parts[name][part], origin[name] = value, key
+    rope = "encoder.pos_embed" not in parts
+    return {name: _join(name, found, rope, f"{path}!{origin[name]}") for name, found in parts.items()}, origin
+
+
+def _join(name, parts, rope, where):
+    """One tensor of its parts, "" being the whole."""
+    if list(parts) == [""]:
+        return parts[""]
+    if rope and name.endswith(".qkv.bias") and "k" not in parts:
+        parts["k"] = torch.zeros_like(next(iter(parts.values())))  # DINOv3's keys have no bias
+    wanted = ["q", "k", "v"] if ".qkv." in name else ["gate", "up"]
+    if sorted(parts) != sorted(wanted):
+        raise ValueError(f"{where}: {name} is not whole: {', '.join(parts)} of {', '.join(wanted)}; "
+                         "copy or download it again")
+    return torch.cat([parts[part] for part in wanted])
+
+
+def _tidy(state):
+    """fp32; where the position table counts the cls token (HF DINOv2), that row moves into cls_token."""
+    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     if "encoder.pos_embed" in state:
-        state["encoder.pos_embed"] = state["encoder.pos_embed"].reshape(1, -1, state["encoder.pos_embed"].shape[-1])
-    return state, origin
+        table = state["encoder.pos_embed"]
+        table = table.reshape(1, -1, table.shape[-1])  # (1, h*w, C) or (1, 1+h*w, C)
+        if math.isqrt(table.shape[1]) ** 2 == table.shape[1] - 1:
+            state["encoder.cls_token"] = state["encoder.cls_token"] + table[:, :1]
+            table = table[:, 1:]
+        state["encoder.pos_embed"] = table
+    return state
 
 
 def _infer(state, raw, hints) -> dict:
-    """Model configuration from tensor shapes; `hints` (a Hugging Face config.json) may give heads, eps, blocks."""
+    """Model configuration from tensor shapes; `hints` (HF's config.json) may say heads, eps, blocks, size."""
     kernel = state["encoder.patch_embed.weight"]
     width, patch = kernel.shape[0], kernel.shape[-1]
-    depth = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.blocks."))
+    depth = 1 + max((int(k.split(".")[2]) for k in state if k.startswith("encoder.blocks.")), default=-1)
     hidden = state["encoder.blocks.0.mlp.fc2.weight"].shape[1]
     swiglu = state["encoder.blocks.0.mlp.fc1.weight"].shape[0] == 2 * hidden
     positions = state.get("encoder.pos_embed")
-    grid = (40, 40) if positions is None else (math.isqrt(positions.shape[1]),) * 2
-    encoder = dict(width=width, depth=depth, heads=hints.get("num_attention_heads", max(1, width // 64)), patch=patch,
-                   grid=list(grid), registers=state["encoder.reg_token"].shape[1] if "encoder.reg_token" in state else 0,
-                   ffn=hidden, swiglu=swiglu, rope=100.0 if positions is None else None,
-                   eps=hints.get("layer_norm_eps", 1e-5 if positions is None else 1e-6))
+    rope, eps, side = (None, 1e-6, math.isqrt(positions.shape[1])) if positions is not None else (
+        100.0, 1e-5, hints.get("image_size", 640) // patch)
+    registers = state["encoder.reg_token"].shape[1] if "encoder.reg_token" in state else 0
+    encoder = dict(width=width, depth=depth, heads=hints.get("num_attention_heads", max(1, width // 64)),
+                   patch=patch, grid=[side, side], registers=registers, ffn=hidden, swiglu=swiglu, rope=rope,
+                   eps=hints.get("layer_norm_eps", eps))
     if "q.weight" not in state:
         return dict(encoder=encoder)
     probs = next((v for k, v in raw.items() if k.endswith("attn_mask_probs")), None)
@@ -693,37 +714,64 @@ def _infer(state, raw, hints) -> dict:
                 num_queries=len(state["q.weight"]), num_blocks=hints.get("num_blocks", blocks))
 
 
-def read(path: str | Path) -> tuple[dict, dict[str, Tensor], dict]:
-    """Any supported checkpoint -> (config, state under our names, meta). Encoder-only files give config["encoder"].
+def read(path: str | Path, base: str | Path | None = None) -> tuple[dict, dict[str, Tensor], dict]:
+    """Any checkpoint -> (config, state under our names, meta); an encoder alone gives only config["encoder"].
 
+    base: the DINOv3 encoder that a model zoo file is the difference to, for those files only.
     Raises FileNotFoundError or ValueError with one line; nothing in a file is ever executed.
     """
     path = find(path)
     raw, header = _raw(path)
     bad = [key for key, value in raw.items() if value.is_floating_point() and not value.isfinite().all()]
     if bad:
-        raise ValueError(f"{path}!{bad[0]}: NaN or Inf in {len(bad)} tensor(s); the file is damaged or diverged")
+        raise ValueError(f"{path}!{bad[0]}: NaN or Inf in {len(bad)} tensor(s); use another checkpoint")
+    _check_base(path, raw, base)
     if header:
         return header["config"], raw, header["meta"]
-    hints, sibling = {}, path.parent / "config.json"
-    if path.suffix != ".bin" and sibling.exists():
-        hints = json.loads(sibling.read_text())
+    hints = {}
+    if path.suffix != ".bin" and (path.parent / "config.json").exists():
+        hints = _json(path.parent / "config.json")
     state, origin = _rename(raw, path)
     if "encoder.patch_embed.weight" not in state:
-        raise ValueError(f"{path}: no key of an EoMT, DINOv2 or DINOv3 ({len(raw)} keys, e.g. {next(iter(raw), '-')}); "
+        raise ValueError(f"{path}: no EoMT, DINOv2 or DINOv3 ({len(raw)} keys, e.g. {next(iter(raw), '-')}); "
                          "give an EoMT checkpoint")
-    state = _tidy(state, hints)
-    return _infer(state, raw, hints), state, {"origin": origin}
+    state = _tidy(state)
+    try:
+        config = _infer(state, raw, hints)
+    except KeyError as e:
+        raise ValueError(f"{path}: missing {e.args[0]}; give a whole checkpoint") from None
+    if base is not None:
+        _add_base(config, state, base)
+    return config, state, {"origin": origin}
 
 
-def _tidy(state, hints):
-    """Position tables that count the cls token (HF DINOv2): its row moves into cls_token. fp16/bf16 become fp32."""
-    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-    positions = state.get("encoder.pos_embed")
-    if positions is not None and math.isqrt(positions.shape[1]) ** 2 == positions.shape[1] - 1:
-        state["encoder.cls_token"] = state["encoder.cls_token"] + positions[:, :1]
-        state["encoder.pos_embed"] = positions[:, 1:]
-    return state
+def _check_base(path, raw, base):
+    """A file of differences, as the model zoo's DINOv3 ones, needs a base; all others must come without.
+
+    Only upstream's spelling of DINOv3 can be one. Trained LayerNorm weights are nearly all positive, their
+    changes have both signs, mostly minus (weight decay); what never changes, as pixel_std, is 0 there.
+    """
+    tokens = next((value for key, value in raw.items() if key.endswith("patch_embed.register_tokens")), None)
+    norms = [v.flatten() for k, v in raw.items() if re.search(r"backbone\.(.*\.)?norm[12]?\.weight$", k)]
+    positive = (torch.cat([*norms, torch.empty(0)]) > 0).float().mean()
+    still = [value.abs().max() for key, value in raw.items() if key.endswith("pixel_std")]
+    delta = tokens is not None and (positive < 0.75 or any(value < 0.1 for value in still))
+    if delta and base is None:
+        name = {384: "vits16", 768: "vitb16", 1024: "vitl16"}.get(tokens.shape[-1], "*")
+        raise ValueError(f"{path}: differences to an encoder, not weights; give its path as base too "
+                         f"(facebook/dinov3-{name}-pretrain-lvd1689m)")
+    if base is not None and not delta:
+        raise ValueError(f"{path}: weights, not differences to an encoder; leave base away")
+
+
+def _add_base(config, state, base):
+    """Differences to weights, in place: encoder = base + difference; the rest started from 0."""
+    base_config, encoder, _ = read(base)
+    for key in [key for key in state if key.startswith("encoder.")]:
+        if key not in encoder or encoder[key].shape != state[key].shape:
+            raise ValueError(f"{base}: {key} is missing or of another shape; give the encoder of this size")
+        state[key] = encoder[key] + state[key]
+    config["encoder"] |= {name: base_config["encoder"][name] for name in ("heads", "eps")}
 
 
 def build(config: dict) -> EoMT:
@@ -733,7 +781,7 @@ def build(config: dict) -> EoMT:
 
 
 def fill(model: nn.Module, state: dict[str, Tensor], path, origin=None, skip: tuple[str, ...] = ()):
-    """Strict load: every missing, unexpected or misshapen key outside the prefixes `skip` is named in one error."""
+    """Strict load: one error names missing, unexpected and misshapen keys, but for the prefixes `skip`."""
     own, origin = model.state_dict(), origin or {}
     state = {k: v for k, v in state.items() if not k.startswith(skip or "\0")}
     own = {k: v for k, v in own.items() if not k.startswith(skip or "\0")}
@@ -747,38 +795,88 @@ def fill(model: nn.Module, state: dict[str, Tensor], path, origin=None, skip: tu
     model.load_state_dict(state, strict=False)
 
 
-def load(path: str | Path, device="cpu") -> EoMT:
-    """An evaluation-ready EoMT from any checkpoint `read` knows; `model.meta` holds what the checkpoint says of it."""
-    config, state, meta = read(path)
+def load(path: str | Path, device="cpu", base: str | Path | None = None) -> EoMT:
+    """An evaluation-ready EoMT from any checkpoint `read` knows; `model.meta` is what that says of itself."""
+    config, state, meta = read(path, base)
     if "num_classes" not in config:
-        raise ValueError(f"{path}: an encoder without queries and heads; give it to train.py --encoder-weights")
+        raise ValueError(f"{path}: an encoder without heads; give it to train.py --encoder-weights")
     model = build(config)
     fill(model, state, path, meta.pop("origin", None))
-    side = config["encoder"]["grid"][0] * config["encoder"]["patch"]
-    model.meta = {"size": side, **meta}
+    model.meta = {"size": config["encoder"]["grid"][0] * config["encoder"]["patch"], **meta}
     return model.to(device).eval()
 
 
 def load_encoder(encoder: ViT, path: str | Path):
-    """Pretrained DINOv2 / DINOv3 weights (timm, Hugging Face or an EoMT) into `encoder`; kernel and positions are
-    resampled to its patch size and grid once, here."""
+    """Pretrained DINOv2 / DINOv3 weights (timm, Hugging Face or an EoMT) into `encoder`; kernel and positions
+    are resampled to its patch size and grid once, here."""
     config, state, meta = read(path)
     state = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
     state["patch_embed.weight"] = resample_patch(state["patch_embed.weight"], encoder.patch)
     if "pos_embed" in state and encoder.pos_embed is not None:
-        state["pos_embed"] = resample_positions(state["pos_embed"], tuple(config["encoder"]["grid"]), encoder.grid)
+        grid = tuple(config["encoder"]["grid"])
+        state["pos_embed"] = resample_positions(state["pos_embed"], grid, encoder.grid)
     if "reg_token" not in state:
         state["reg_token"] = encoder.reg_token.detach()[:, :0]
     fill(encoder, state, path, {k.removeprefix("encoder."): v for k, v in meta.get("origin", {}).items()})
 
 
 def save(path: str | Path, model: EoMT, **meta):
-    """Weights and a JSON header {config, meta} in one safetensors file, enough for `load`, eval.py and predict.py."""
-    from safetensors.torch import save_file
-
+    """Weights and a JSON header {config, meta} in one safetensors file, all that eval and predict need."""
     header = json.dumps(dict(config=dict(encoder=model.encoder.config, **model.config), meta=meta))
-    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    save_file(state, str(path), {_HEADER: header})
-    mask = os.umask(0)
-    os.umask(mask)
-    os.chmod(path, 0o666 & ~mask)  # safetensors leaves 0600
+    _write(path, model.state_dict(), {_HEADER: header})
+
+
+def _write(path, state, header):
+    from safetensors.torch import save as serialise
+
+    state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    Path(path).write_bytes(serialise(state, header))  # the library's own file would have mode 0600
+
+
+def save_hf(folder: str | Path, model: EoMT):
+    """config.json and model.safetensors that transformers' Eomt (EomtDinov3 under RoPE) loads with
+    `from_pretrained`; class names are model.meta["names"]. Raises ValueError for what it cannot hold."""
+    folder, encoder = Path(folder), model.encoder.config
+    (height, width), channels, rope, swiglu = (encoder[key] for key in ("grid", "width", "rope", "swiglu"))
+    hidden = (8 * channels // 3 + 7) // 8 * 8 if swiglu else 4 * channels  # what EomtConfig computes
+    if rope and swiglu or not rope and (height != width or encoder["ffn"] != hidden):
+        raise ValueError(f"{folder}: transformers has no Eomt like this (grid {height}x{width}, MLP "
+                         f"{encoder['ffn']}, SwiGLU {swiglu}); use save()")
+    names = [str(name) for name in model.meta.get("names", range(model.config["num_classes"]))]
+    config = dict(
+        model_type="eomt_dinov3" if rope else "eomt", dtype="float32",
+        architectures=["EomtDinov3ForUniversalSegmentation" if rope else "EomtForUniversalSegmentation"],
+        hidden_size=channels, num_hidden_layers=encoder["depth"], layer_norm_eps=encoder["eps"],
+        num_attention_heads=encoder["heads"], num_register_tokens=encoder["registers"],
+        patch_size=encoder["patch"], image_size=height * encoder["patch"], num_blocks=model.num_blocks,
+        num_queries=model.config["num_queries"], num_upscale_blocks=len(model.upscale),
+        id2label=dict(enumerate(names)), label2id={name: k for k, name in enumerate(names)})
+    if rope:
+        config["intermediate_size"] = encoder["ffn"]
+        config["rope_parameters"] = dict(rope_type="default", rope_theta=rope)
+    else:
+        config["use_swiglu_ffn"] = swiglu
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    _write(folder / "model.safetensors", _hf_state(model, rope, swiglu), {"format": "pt"})
+
+
+def _hf_state(model, rope, swiglu):
+    """The model's tensors under transformers' names, packed ones in parts, and the constants kept there."""
+    rows = [(ours, [theirs]) for ours, theirs in _HF]
+    rows.append((".attn.qkv.", [f".attention.{letter}_proj." for letter in "qkv"]))
+    if rope:
+        rows += [(".projection.", ["."]), (".out_proj.", [".o_proj."])]
+    if rope or swiglu:
+        rows.append((".mlp.fc1.", [".mlp.gate_proj.", ".mlp.up_proj."] if swiglu else [".mlp.up_proj."]))
+        rows.append((".mlp.fc2.", [".mlp.down_proj."]))
+    state = {"attn_mask_probs": torch.zeros(model.num_blocks),  # evaluation is unmasked
+             "criterion.empty_weight": torch.tensor([1.0] * model.config["num_classes"] + [0.1])}
+    for key, value in model.state_dict().items():
+        names = [key]
+        for ours, theirs in rows:
+            if ours in names[0]:
+                names = [names[0].replace(ours, part) for part in theirs]
+        value = value[0] if key == "encoder.pos_embed" else value
+        state |= dict(zip(names, value.chunk(len(names)), strict=True))
+    return {key: value for key, value in state.items() if not (rope and key.endswith(".k_proj.bias"))}

@@ -477,7 +477,7 @@ class MaskAP(_Parts):
         return table
 
     def _curves(self) -> tuple[np.ndarray, np.ndarray]:
-        """Precision (4 sizes,K,10,101), recall (6,K,10: AR1, AR10, 4 sizes); nan where a class has no object."""
+        """Precision (4 sizes,K,10,101), recall (6,K,10: AR1, AR10, 4 sizes); nan without object."""
         table = self._table()
         low, high = AREA_RANGES.T  # (4,)
         area, true_area = table["det_area"][:, None], table["true_area"][:, None]

@@ -1,11 +1,12 @@
 """Images to pictures and JSON, from a checkpoint of ours, the model zoo or Hugging Face.
 
-    python predict.py --ckpt runs/quick photo.jpg                    # photo.overlay.png, photo.png + predictions.json
+    python predict.py --ckpt runs/quick photo.jpg           # photo.overlay.png, photo.png, predictions.json
     python predict.py --ckpt coco_panoptic_eomt_large_640.bin photos/ "more/*.jpg" --out results
 
-Panoptic results come in COCO's submission layout: NAME.png with id = R + 256 G + 65536 B, and predictions.json. The
-drawing functions here also serve train.py's pictures; they need Pillow only.
+Results come in COCO's panoptic layout: NAME.png with id = R + 256 G + 65536 B, and predictions.json.
+The drawing functions also make train.py's pictures; they need Pillow only.
 """
+
 # SPDX-License-Identifier: MIT
 import argparse
 import colorsys
@@ -30,13 +31,18 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 # ------------------------------------------------------------------------------------------------------------
 def colour(index: int) -> tuple[int, int, int]:
     """The index-th of endless well-separated colours: golden-ratio hues, three strengths."""
-    red, green, blue = colorsys.hsv_to_rgb(index * 0.618034 % 1, (0.85, 0.6, 1.0)[index % 3], (1.0, 0.85, 0.7)[index // 3 % 3])
-    return int(255 * red), int(255 * green), int(255 * blue)
+    strength, value = (0.85, 0.6, 1.0)[index % 3], (1.0, 0.85, 0.7)[index // 3 % 3]
+    return tuple(int(255 * c) for c in colorsys.hsv_to_rgb(index * 0.618034 % 1, strength, value))
 
 
-def overlay(image: np.ndarray, ids: np.ndarray, words: list[str], alpha=0.55) -> Image.Image:
-    """Photo uint8 (H,W,3), id map (H,W) with 0 = nothing and segment s = s + 1, a word for each segment -> picture."""
-    table = np.array([(0, 0, 0), *(colour(s) for s in range(len(words)))], np.float32)  # (S+1, 3)
+def overlay(image: np.ndarray, ids: np.ndarray, rows: list[dict], alpha=0.55) -> Image.Image:
+    """Photo uint8 (H,W,3) and id map (H,W), 0 = nothing, with a row (id, category, text) each.
+
+    A class keeps its colour over all pictures; its further instances are darker."""
+    table, count = np.zeros((ids.max() + 1, 3), np.float32), {}  # (S+1, 3)
+    for row in rows:
+        count[row["category"]] = count.get(row["category"], -1) + 1
+        table[row["id"]] = np.array(colour(row["category"])) * (1 - 0.15 * (count[row["category"]] % 4))
     mixed = np.where(ids[..., None] > 0, (1 - alpha) * image + alpha * table[ids], 0.4 * image)  # (H, W, 3)
     edge = np.zeros(ids.shape, bool)  # (H, W)
     edge[:, 1:] |= ids[:, 1:] != ids[:, :-1]
@@ -44,11 +50,11 @@ def overlay(image: np.ndarray, ids: np.ndarray, words: list[str], alpha=0.55) ->
     mixed[edge] = 255
     picture = Image.fromarray(mixed.astype(np.uint8))
     draw = ImageDraw.Draw(picture)
-    for s, word in enumerate(words):
-        rows, columns = np.nonzero(ids == s + 1)
-        if len(rows) and min(image.shape[:2]) >= 96:  # a word does not fit on a thumbnail
-            middle = len(rows) // 2
-            draw.text((columns[middle], rows[middle]), word, fill="white", stroke_width=1, stroke_fill="black", anchor="mm")
+    for row in rows:
+        y, x = np.nonzero(ids == row["id"])
+        if len(y):
+            at = (x[len(x) // 2], y[len(y) // 2])
+            draw.text(at, row["text"], fill="white", stroke_width=1, stroke_fill="black", anchor="mm")
     return picture
 
 
@@ -61,8 +67,19 @@ def instance_ids(result: eomt.Instances, threshold=0.5) -> tuple[np.ndarray, lis
     return ids, rows
 
 
+def segments(ids, labels, scores, names) -> list[dict]:
+    """A row per segment of an id map: id, category (class index), name, score, area, text to draw."""
+    areas = np.bincount(ids.ravel(), minlength=len(labels) + 1).tolist()
+    rows = []
+    for number, (label, score) in enumerate(zip(labels, scores, strict=True), 1):
+        text = names[label] if score is None else f"{names[label]} {score:.2f}"
+        row = dict(id=number, category=label, name=names[label], score=score, area=areas[number], text=text)
+        rows.append(row)
+    return rows
+
+
 def layers(result, kind, names) -> tuple[np.ndarray, list[dict]]:
-    """A result as one id map (H,W), 0 = nothing, and a row per segment: id, category, name, score, area."""
+    """A result of `eomt.segment` as one id map (H,W), 0 = nothing, and its rows."""
     if kind == "panoptic":
         ids, labels, scores = result.ids.cpu().numpy(), result.labels.tolist(), result.scores.tolist()
     elif kind == "instance":
@@ -70,35 +87,41 @@ def layers(result, kind, names) -> tuple[np.ndarray, list[dict]]:
         labels, scores = result.labels[rows].tolist(), result.scores[rows].tolist()
     else:
         labels, ids = np.unique(result.cpu().numpy(), return_inverse=True)
-        labels, ids, scores = labels.tolist(), ids.reshape(result.shape).astype(np.int32) + 1, [None] * len(labels)
-    areas = np.bincount(ids.ravel(), minlength=len(labels) + 1)
-    rows = [dict(id=s + 1, category=label, name=names[label], score=score, area=int(areas[s + 1]))
-            for s, (label, score) in enumerate(zip(labels, scores, strict=True))]
-    return ids, rows
+        ids = ids.reshape(result.shape).astype(np.int32) + 1  # (H, W)
+        labels, scores = labels.tolist(), [None] * len(labels)
+    return ids, segments(ids, labels, scores, names)
 
 
-def draw_comparison(model, dataset, path, count=6):
-    """Rows of photo | target | prediction for the first validation images, scaled to a common height."""
+def truth_layers(target, names) -> tuple[np.ndarray, list[dict]]:
+    """A target likewise; later segments lie on top."""
+    ids = np.zeros(target.ids.shape[1:], np.int32)  # (H, W)
+    for t, mask in enumerate(target.masks().numpy()):
+        ids[mask] = t + 1
+    labels = target.labels.tolist()
+    return ids, segments(ids, labels, [None] * len(labels), names)
+
+
+def draw_comparison(model, dataset, path, count=6, height=220):
+    """Rows of photo | target | prediction for the first validation images."""
     meta, strips = model.meta, []
-    model.eval()
     for index in range(min(count, len(dataset))):
         sample = dataset[index]
         photo = sample.image.permute(1, 2, 0).numpy()  # (H, W, 3)
-        truth = np.zeros(photo.shape[:2], np.int32)  # (H, W)
-        for t, mask in enumerate(sample.target.masks().numpy()):
-            truth[mask] = t + 1
-        words = [meta["names"][k] for k in sample.target.labels.tolist()]
         result = eomt.segment(model, [sample.image], meta["kind"])[0]
-        ids, rows = layers(result, meta["kind"], meta["names"])
-        parts = [Image.fromarray(photo), overlay(photo, truth, words), overlay(photo, ids, [r["name"] for r in rows])]
-        size = (round(200 * photo.shape[1] / photo.shape[0]), 200)
-        strip = Image.new("RGB", (3 * size[0] + 8, size[1]), "white")
+        zoom = max(1, height // photo.shape[0])  # words do not fit on thumbnails
+        photo = photo.repeat(zoom, 0).repeat(zoom, 1)  # (zH, zW, 3)
+        parts = [Image.fromarray(photo)]
+        truth = truth_layers(sample.target, meta["names"])
+        for ids, rows in (truth, layers(result, meta["kind"], meta["names"])):
+            parts.append(overlay(photo, ids.repeat(zoom, 0).repeat(zoom, 1), rows))
+        width = round(height * photo.shape[1] / photo.shape[0])
+        strip = Image.new("RGB", (3 * width + 8, height), "white")
         for k, part in enumerate(parts):
-            strip.paste(part.resize(size, Image.Resampling.NEAREST), (k * (size[0] + 4), 0))
+            strip.paste(part.resize((width, height)), (k * (width + 4), 0))
         strips.append(strip)
-    sheet = Image.new("RGB", (max(s.width for s in strips), sum(s.height + 4 for s in strips)), "white")
+    sheet = Image.new("RGB", (max(s.width for s in strips), len(strips) * (height + 4)), "white")
     for k, strip in enumerate(strips):
-        sheet.paste(strip, (0, k * (strip.height + 4)))
+        sheet.paste(strip, (0, k * (height + 4)))
     sheet.save(path)
 
 
@@ -163,36 +186,26 @@ def open_image(path: Path) -> torch.Tensor:
     return torch.from_numpy(array.copy()).permute(2, 0, 1)
 
 
-def complete_meta(model, source):
-    """What files of other projects do not say: kind and class names, from the task whose class count fits."""
-    if "kind" in model.meta:
-        return
-    fits = [t for t in data.TASKS.values() if len(t.vocabulary.names) == model.config["num_classes"]]
-    if not fits:
-        raise ValueError(f"{source}: {model.config['num_classes']} classes fit no known task; train or save it with ours")
-    words = fits[0].vocabulary
-    model.meta |= dict(kind=fits[0].kind, names=list(words.names), ids=list(words.ids), thing=list(words.thing))
-
-
 def write_result(path: Path, image, result, meta, out: Path, number: int) -> dict:
-    """NAME.overlay.png and NAME.png (ids); returns the row of predictions.json."""
+    """NAME.overlay.png and NAME.png (ids); returns the image's row of predictions.json."""
     ids, rows = layers(result, meta["kind"], meta["names"])
+    overlay(image.permute(1, 2, 0).numpy(), ids, rows).save(out / f"{path.stem}.overlay.png")
+    data.write_ids(ids, out / f"{path.stem}.png")
     for row in rows:
         row["category_id"] = meta["ids"][row.pop("category")]
-    photo = image.permute(1, 2, 0).numpy()  # (H, W, 3)
-    words = [r["name"] if r["score"] is None else f"{r['name']} {r['score']:.2f}" for r in rows]
-    overlay(photo, ids, words).save(out / f"{path.stem}.overlay.png")
-    channels = np.stack([ids & 255, ids >> 8 & 255, ids >> 16 & 255], -1).astype(np.uint8)  # (H, W, 3)
-    Image.fromarray(channels).save(out / f"{path.stem}.png")
-    return dict(image_id=int(path.stem) if path.stem.isdigit() else number, file_name=f"{path.stem}.png",
-                image=path.name, segments_info=rows)
+        del row["text"]
+    image_id = int(path.stem) if path.stem.isdigit() else number
+    return dict(image_id=image_id, file_name=f"{path.stem}.png", image=path.name, segments_info=rows)
 
 
 def parser():
     top = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     top.add_argument("images", nargs="+", help="images, folders or globs")
-    top.add_argument("--ckpt", required=True, help="run folder (best, else newest), step folder, file or HF name")
+    top.add_argument(
+        "--ckpt", required=True, help="run folder (best, else newest), step folder, file or HF name"
+    )
     top.add_argument("--out", default="predictions", help="folder for the results")
+    top.add_argument("--task", default="", help=f"{', '.join(data.TASKS)}; default: the checkpoint's")
     top.add_argument("--size", type=int, default=0, help="network input side; default: the checkpoint's")
     top.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -201,7 +214,10 @@ def parser():
 
 def run(args):
     model = eomt.load(args.ckpt, args.device)
-    complete_meta(model, args.ckpt)
+    if args.task or "kind" not in model.meta:  # files of other projects do not say what they were trained on
+        task = data.TASKS.get(args.task) or data.fit_task(model.config["num_classes"], args.ckpt)
+        words = task.vocabulary
+        model.meta |= dict(kind=task.kind, names=words.names, ids=words.ids, thing=words.thing)
     if args.size % model.encoder.patch:
         raise ValueError(f"--size {args.size}: not a multiple of the patch size {model.encoder.patch}")
     model.meta["size"] = args.size or model.meta["size"]
@@ -209,7 +225,9 @@ def run(args):
     stems = [path.stem for path in paths]
     twice = next((p for p in paths if stems.count(p.stem) > 1), None)
     if twice:
-        raise ValueError(f"{twice}: two images of this name would write one result; predict them into two --out folders")
+        raise ValueError(
+            f"{twice}: two images of this name would write one result; predict them into two --out folders"
+        )
     out.mkdir(parents=True, exist_ok=True)
     rows = []
     for number, path in enumerate(tqdm(paths, unit="img", disable=not sys.stderr.isatty())):

@@ -44,7 +44,7 @@ def setting(default, phrase):
 @dataclass
 class Config:
     # what is trained
-    task: str = setting("coco_panoptic", f"one of {', '.join(data.TASKS)}")
+    task: str = setting("coco_panoptic", f"auto (look at --data), {', '.join(data.TASKS)}")
     encoder: str = setting("dinov2_large", f"one of {', '.join(eomt.ENCODERS)}")
     data: str = setting("", "folder with the official zips (or the same unpacked)")
     out: str = setting("", "run folder; default runs/<task>_<encoder>_<size>")
@@ -99,8 +99,8 @@ QUICK = dict(task="shapes", encoder="tiny", data="runs/shapes", out="runs/quick"
              log_every=30, save_every=110, eval_every=110, eval_limit=64)
 # Settings of where and how a run runs: they may differ between a run and its resumption.
 MACHINE = {"data", "out", "device_batch_size", "workers", "log_every", "save_every", "eval_every",
-           "eval_limit", "resume", "overwrite", "max_bad", "skip_nonfinite", "config", "dry_run", "debug", "compile",
-           "amp", "deterministic", "init", "encoder_weights", "load_class_head"}
+           "eval_limit", "resume", "overwrite", "max_bad", "skip_nonfinite", "config", "dry_run", "debug",
+           "compile", "amp", "deterministic", "init", "encoder_weights", "load_class_head"}
 # Option names of the recipe this project grew from -> ours.
 SEED_WORDS = {"OUTPUT_DIR": "--out", "--model.ckpt_path": "--init", "--data.path": "--data",
               "--model.load_ckpt_class_head": "--no-load-class-head",
@@ -169,20 +169,18 @@ def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
         stored = json.loads(Path(given["config"]).read_text())["config"]
         stored = {k: v for k, v in stored.items() if k not in ("out", "resume", "overwrite", "config")}
     quick = QUICK if given.get("quick", stored.get("quick")) else {}
-    axes = {key: getattr(Config, key) for key in ("task", "encoder")} | quick | stored | given
-    if axes["task"] not in data.TASKS:
-        raise ValueError(f"--task {axes['task']}: unknown; one of {', '.join(data.TASKS)}")
+    axes = {key: getattr(Config, key) for key in ("task", "encoder", "data")} | quick | stored | given
+    task = data.find_task(axes["data"], axes["task"])
     if axes["encoder"] not in eomt.ENCODERS:
         raise ValueError(f"--encoder {axes['encoder']}: unknown; one of {', '.join(eomt.ENCODERS)}")
-    layers = [("task", task_row(data.TASKS[axes["task"]])),
-              ("encoder", encoder_row(axes["encoder"], axes["task"])),
+    layers = [("task", task_row(task)), ("encoder", encoder_row(axes["encoder"], task.name)),
               ("quick", quick), ("config", stored), ("flag", given)]
     values, origin = {}, {}
     for name, layer in layers:
         values |= {key: tuple(v) if isinstance(v, list) else v for key, v in layer.items()}
         origin |= dict.fromkeys(layer, name)
     cfg = Config(**values)
-    cfg.out = cfg.out or f"runs/{cfg.task}_{cfg.encoder}_{cfg.size}"
+    cfg.out = cfg.out or f"runs/{task.name}_{cfg.encoder}_{cfg.size}"
     return cfg, origin
 
 
@@ -394,7 +392,7 @@ def describe(cfg, origin, model, images, world):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
     parts = cfg.batch_size // cfg.device_batch_size // world
-    print(f"  parameters: {trained:,} trained, {frozen:,} frozen; steps {cfg.steps}; {images} training images; "
+    print(f"  parameters: {trained:,} trained, {frozen:,} frozen; steps {cfg.steps}; {images} images; "
           f"batch {cfg.batch_size} = {world} rank(s) x {cfg.device_batch_size} x {parts} part(s)")
 
 
@@ -603,7 +601,7 @@ IMAGES = dict(coco_panoptic=118287, coco_instance=117266, ade20k_panoptic=20210,
 
 def open_data(cfg: Config, rank: int) -> dict[str, data.SegmentDataset]:
     """The two splits; the procedural world is written first where it is asked for and missing."""
-    task = data.TASKS[cfg.task]
+    task = data.find_task(cfg.data, cfg.task)
     if not cfg.data:
         raise ValueError("--data is missing; give the folder that holds the data set's zips, or use --quick")
     if cfg.data == QUICK["data"] and rank == 0 and not (Path(cfg.data) / "val2017.zip").exists():
@@ -643,7 +641,7 @@ def run(cfg: Config, origin: dict) -> int:
     if cfg.quick and device.type == "cpu":
         torch.set_num_threads(1)  # as fast for a tiny model, and steady on a busy machine
     split_batch(cfg, world)
-    task = data.TASKS[cfg.task]
+    task = data.find_task(cfg.data, cfg.task)
     sets = None if cfg.dry_run else open_data(cfg, rank)
     images = len(sets["train"]) if sets else IMAGES.get(cfg.task, cfg.batch_size)
     cfg.steps = cfg.steps or max(1, int(cfg.epochs * (images // cfg.batch_size)))

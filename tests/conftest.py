@@ -5,5 +5,5 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `pytest` finds the root modules like `python -m pytest`
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for a bare `pytest`
 torch.set_num_threads(1)

@@ -3,18 +3,19 @@
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import eomt
-from eomt import ENCODERS, EoMT, ViT, anneal, anneal_windows, load, load_encoder, save
+from eomt import ENCODERS, EoMT, ViT, anneal, anneal_windows, load, load_encoder, save, save_hf
 
 ATOL = 1e-4  # on mask logits of size ~20; a relative tolerance would hide a wrong LayerNorm eps
 
 
 def transformers():
-    sys.modules.setdefault("torchvision", None)  # a torchvision of another torch breaks the import; none is needed
+    sys.modules.setdefault("torchvision", None)  # one of another torch breaks the import; none is needed
     return pytest.importorskip("transformers")
 
 
@@ -47,9 +48,10 @@ def randomise(model, seed=0):
 def hf_eomt(tmp_path, patch=16, side=64, swiglu=False, depth=4, blocks=2, width=64, heads=2, **more):
     """A small transformers Eomt with random weights, and the same loaded by us from its saved folder."""
     t = transformers()
-    config = t.EomtConfig(hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads, image_size=side,
-                          patch_size=patch, num_blocks=blocks, num_queries=7, use_swiglu_ffn=swiglu,
-                          num_upscale_blocks=2 if patch == 16 else 1, num_labels=5, **more)
+    config = t.EomtConfig(
+        hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads, image_size=side,
+        patch_size=patch, num_blocks=blocks, num_queries=7, use_swiglu_ffn=swiglu,
+        num_upscale_blocks=2 if patch == 16 else 1, num_labels=5, **more)
     config._attn_implementation = "eager"
     theirs = randomise(t.EomtForUniversalSegmentation(config)).eval()
     theirs.save_pretrained(tmp_path)
@@ -65,10 +67,10 @@ def compare(theirs, ours, pixels, mask_prob=None):
     torch.testing.assert_close(got.classes, want.class_queries_logits, rtol=0, atol=ATOL)
 
 
-# ---- parity -----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("patch,side,swiglu", [(16, 64, False), (14, 70, False), (16, 96, True), (8, 32, False)])
-def test_parity_unmasked(tmp_path, patch, side, swiglu):
-    theirs, ours = hf_eomt(tmp_path, patch, side, swiglu)
+# ---- parity ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("patch,side,gate", [(16, 64, 0), (14, 70, 0), (16, 96, 1), (8, 32, 0)])
+def test_parity_unmasked(tmp_path, patch, side, gate):
+    theirs, ours = hf_eomt(tmp_path, patch, side, bool(gate))
     theirs.attn_mask_probs.fill_(0)
     compare(theirs, ours, images(2, 3, side, side))
 
@@ -83,8 +85,8 @@ def test_parity_masked(tmp_path, patch, side):
 
 
 def test_parity_masked_open_after_masked(tmp_path):
-    """A block with P = 0 after one with P > 0 is open; transformers re-uses the old mask there, so it is told to
-    drop every query (probability just above 0) instead."""
+    """A block with P = 0 after one with P > 0 is open; transformers re-uses the old mask there, so it is told
+    to drop every query (probability just above 0) instead."""
     theirs, ours = hf_eomt(tmp_path, side=96, depth=4, blocks=3)
     theirs.attn_mask_probs.copy_(torch.tensor([1.0, 1e-12, 1e-12]))
     torch.manual_seed(0)
@@ -115,7 +117,7 @@ def test_parity_all_predictions_and_gradients(tmp_path):
 
 
 def test_parity_rectangular(tmp_path):
-    """Both peers take only the built size; a non-square input must equal a peer built with those positions."""
+    """Peers take only the size they were built for; other sides must equal a peer with those positions."""
     theirs, ours = hf_eomt(tmp_path, side=64)
     theirs.attn_mask_probs.fill_(0)
     table = eomt.resample_positions(ours.encoder.pos_embed, (4, 4), (6, 3))  # (1, 18, C)
@@ -125,16 +127,22 @@ def test_parity_rectangular(tmp_path):
     compare(theirs, ours, images(2, 3, 96, 48))
 
 
+def hf_dinov3(t, seed=0):
+    """A small transformers EomtDinov3 with random weights."""
+    config = t.EomtDinov3Config(
+        hidden_size=128, num_hidden_layers=4, num_attention_heads=2, intermediate_size=256, image_size=96,
+        patch_size=16, num_blocks=2, num_queries=7, num_labels=5, num_register_tokens=4, layer_norm_eps=1e-5)
+    config._attn_implementation = "eager"
+    return randomise(t.EomtDinov3ForUniversalSegmentation(config), seed).eval()
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_parity_dinov3(tmp_path, masked):
     t = transformers()
-    config = t.EomtDinov3Config(hidden_size=64, num_hidden_layers=4, num_attention_heads=2, intermediate_size=256,
-                                image_size=96, patch_size=16, num_blocks=2, num_queries=7, num_labels=5,
-                                num_register_tokens=4, layer_norm_eps=1e-5)
-    config._attn_implementation = "eager"
-    theirs = randomise(t.EomtDinov3ForUniversalSegmentation(config)).eval()
+    theirs = hf_dinov3(t)
     theirs.save_pretrained(tmp_path)
     ours = load(tmp_path)
+    assert ours.meta["size"] == 96  # no position table says it, config.json does
     theirs.attn_mask_probs.fill_(float(masked))
     compare(theirs, ours, images(2, 3, 96, 96), torch.ones(2) if masked else None)
 
@@ -171,6 +179,15 @@ def test_zoo_vit_large_equals_transformers(tmp_path):
     compare(theirs, loaded, images(1, 3, side, side))
 
 
+HF_NAMES = (
+    ("encoder.blocks.", "layers."), ("encoder.norm", "layernorm"), ("class_head", "class_predictor"),
+    ("attn.proj", "attention.out_proj"), ("ls1", "layer_scale1.lambda1"), ("ls2", "layer_scale2.lambda1"),
+    ("encoder.patch_embed", "embeddings.patch_embeddings.projection"),
+    ("encoder.cls_token", "embeddings.cls_token"), ("encoder.reg_token", "embeddings.register_tokens"),
+    ("mask_head.0", "mask_head.fc1"), ("mask_head.2", "mask_head.fc2"), ("mask_head.4", "mask_head.fc3"),
+)
+
+
 def hf_state(model):
     """transformers' new spelling, from the table of the specification (written apart from the reader's)."""
     out = {}
@@ -180,11 +197,7 @@ def hf_state(model):
                 name = key.replace("encoder.blocks.", "layers.").replace("attn.qkv", f"attention.{part}_proj")
                 out[name] = piece
             continue
-        for a, b in (("encoder.blocks.", "layers."), ("attn.proj", "attention.out_proj"), ("ls1", "layer_scale1.lambda1"),
-                     ("ls2", "layer_scale2.lambda1"), ("encoder.norm", "layernorm"), ("class_head", "class_predictor"),
-                     ("encoder.patch_embed", "embeddings.patch_embeddings.projection"),
-                     ("encoder.cls_token", "embeddings.cls_token"), ("encoder.reg_token", "embeddings.register_tokens"),
-                     ("mask_head.0", "mask_head.fc1"), ("mask_head.2", "mask_head.fc2"), ("mask_head.4", "mask_head.fc3")):
+        for a, b in HF_NAMES:
             key = key.replace(a, b)
         if key.startswith("upscale."):
             key = key.replace("upscale.", "upscale_block.block.").replace(".norm.", ".layernorm2d.")
@@ -197,12 +210,14 @@ def hf_state(model):
 
 
 def test_load_spellings_agree(tmp_path):
-    """Zoo, Lightning (module. and _orig_mod. inside), HF safetensors and old giant names: one model."""
+    """Zoo, Lightning (module. and _orig_mod. inside), HF safetensors and old giant names: one model, with the
+    number of query blocks that each says in its own way."""
     from safetensors.torch import save_file
 
     model = randomise(EoMT(ViT(64, 4, 1, 16, (4, 4), swiglu=True, ffn=170), 5, 7, 2)).eval()
     zoo, hf = zoo_state(model, 2), hf_state(model)
-    old = {re.sub(r"mlp\.fc1", "mlp.weights_in", re.sub(r"mlp\.fc2", "mlp.weights_out", k)): v for k, v in hf.items()}
+    fc1, fc2 = re.compile(r"mlp\.fc1"), re.compile(r"mlp\.fc2")
+    old = {fc1.sub("mlp.weights_in", fc2.sub("mlp.weights_out", key)): value for key, value in hf.items()}
     new = {k: v for k, v in hf.items() if ".mlp." not in k}
     for k, v in hf.items():
         if ".mlp.fc1." in k:
@@ -210,18 +225,22 @@ def test_load_spellings_agree(tmp_path):
         elif ".mlp.fc2." in k:
             new[k.replace("fc2", "down_proj")] = v
     torch.save(zoo, tmp_path / "zoo.bin")
-    torch.save({"state_dict": {k.replace("network.", "network._orig_mod.", 1): v for k, v in zoo.items()}, "epoch": 3},
-               tmp_path / "light.ckpt")
+    compiled = {k.replace("network.", "network._orig_mod.", 1): v for k, v in zoo.items()}
+    torch.save({"state_dict": compiled, "epoch": 3}, tmp_path / "light.ckpt")
+    old["attn_mask_probs"] = torch.zeros(2)
     torch.save({f"module.{k}": v for k, v in old.items()}, tmp_path / "old.bin")
-    save_file({k: v.contiguous() for k, v in new.items()}, tmp_path / "new.safetensors")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "config.json").write_text('{"num_blocks": 2, "num_attention_heads": 1}')
+    save_file({k: v.contiguous() for k, v in new.items()}, tmp_path / "new" / "model.safetensors")
     pixels = images(1, 3, 64, 64)
     want = model(pixels)[-1]
-    for name in ("zoo.bin", "light.ckpt", "old.bin", "new.safetensors"):
+    for name in ("zoo.bin", "light.ckpt", "old.bin", "new"):
         got = load(tmp_path / name)
-        got.num_blocks = 2  # files without attn_mask_probs do not say it; unmasked it changes where queries join
-        if name in ("old.bin", "new.safetensors"):
-            assert got.config["num_blocks"] == 1
-        torch.testing.assert_close(got(pixels)[-1].masks, want.masks, rtol=0, atol=1e-5)
+        assert got.config == model.config and got.encoder.config == model.encoder.config, name
+        for a, b in zip(got(pixels)[-1], want, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    torch.save(hf, tmp_path / "silent.bin")  # nothing says it: the default of the depth
+    assert load(tmp_path / "silent.bin").num_blocks == eomt.default_num_blocks(4) == 1
 
 
 @pytest.mark.parametrize("kind", ["altered", "missing", "extra", "shape"])
@@ -245,10 +264,142 @@ def test_load_names_the_key(tmp_path, kind):
         assert str(tuple(value.shape)) in text
 
 
+@pytest.mark.parametrize("gone", ["blocks.0.mlp.fc2.weight", "blocks.", "class_head.weight"])
+def test_load_names_what_the_shapes_need(tmp_path, gone):
+    """Without these the sizes of the model cannot even be known: still one line with the file."""
+    state = zoo_state(EoMT(ViT(64, 4, 1, 16, (4, 4)), 5, 7, 2), 2)
+    torch.save({k: v for k, v in state.items() if gone not in k}, tmp_path / "m.bin")
+    with pytest.raises(ValueError, match=rf"m\.bin: missing .*{re.escape(gone)}"):
+        load(tmp_path / "m.bin")
+
+
+def test_load_huggingface_name(tmp_path, monkeypatch):
+    """A repository's name is downloaded, and its config.json is read as in a folder."""
+    theirs, ours = hf_eomt(tmp_path / "hub", heads=4)
+
+    def fetch(name, file):
+        if name != "someone/small":
+            raise FileNotFoundError(file)
+        return str(tmp_path / "hub" / file)
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(hf_hub_download=fetch))
+    got = load("someone/small")
+    assert got.encoder.config["heads"] == 4  # 64 wide: 1 by the rule of 64
+    assert torch.equal(got.q.weight, ours.q.weight)
+    with pytest.raises(FileNotFoundError, match="someone/else: .*not fetched from Hugging Face"):
+        load("someone/else")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(FileNotFoundError, match="not fetched from Hugging Face .ModuleNotFoundError"):
+        load("someone/small")
+
+
+@pytest.mark.parametrize("encoder", [
+    dict(patch=16, grid=(6, 6)),
+    dict(patch=8, grid=(6, 6), swiglu=True, ffn=176),  # two thirds of 4 * 64, up to a multiple of 8
+    dict(patch=16, grid=(6, 6), rope=100.0, eps=1e-5, ffn=200)])
+def test_save_hf_loads_in_transformers(tmp_path, encoder):
+    t = transformers()
+    ours = randomise(EoMT(ViT(64, 4, 2, registers=3, **encoder), 5, 7, 2)).eval()
+    ours.meta = {"names": ["a", "b", "c", "d", "e"]}
+    save_hf(tmp_path / "out", ours)
+    kind = t.EomtDinov3ForUniversalSegmentation if "rope" in encoder else t.EomtForUniversalSegmentation
+    theirs, info = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info  # missing, unexpected, mismatched keys, error messages
+    assert theirs.config.id2label == dict(enumerate("abcde")) and theirs.config.label2id["c"] == 2
+    compare(theirs.eval(), ours, images(2, 3, 6 * encoder["patch"], 6 * encoder["patch"]))
+    again = load(tmp_path / "out")
+    assert again.config == ours.config and again.encoder.config == ours.encoder.config
+    for key, value in again.state_dict().items():
+        used = value != 0 if key.endswith("qkv.bias") else ...  # DINOv3's keys have none
+        assert torch.equal(value[used], ours.state_dict()[key][used])
+
+
+@pytest.mark.parametrize("encoder", [
+    dict(grid=(4, 5)), dict(swiglu=True, ffn=170), dict(ffn=100), dict(rope=100.0, swiglu=True)])
+def test_save_hf_refuses(tmp_path, encoder):
+    with pytest.raises(ValueError, match="transformers has no Eomt like this"):
+        save_hf(tmp_path / "out", EoMT(ViT(64, 2, 1, **{"grid": (4, 4), **encoder}), 5, 7, 1))
+    assert not (tmp_path / "out").exists()
+
+
+def dinov3_zoo_state(model):
+    """A transformers EomtDinov3 under the names of upstream's zoo files, constants included."""
+    state = {}
+    for key, value in model.state_dict().items():
+        key = re.sub(r"^embeddings\.", "encoder.backbone.patch_embed.", key)
+        key = re.sub(r"^layers\.", "encoder.backbone.blocks.", key)
+        key = re.sub(r"^layernorm\.", "encoder.backbone.norm.", key)
+        key = re.sub(r"^mask_head\.fc([123])", lambda m: f"mask_head.{2 * int(m[1]) - 2}", key)
+        key = key.replace("upscale_block.block.", "upscale.").replace("layernorm2d", "norm")
+        key = key.replace("query.", "q.").replace("class_predictor", "class_head")
+        state[key if key.startswith("criterion") else f"network.{key}"] = value.clone()
+    state["network.encoder.pixel_mean"] = torch.tensor(eomt.IMAGENET_MEAN).reshape(1, 3, 1, 1)
+    state["network.encoder.pixel_std"] = torch.tensor(eomt.IMAGENET_STD).reshape(1, 3, 1, 1)
+    return state
+
+
+def dinov3_base(t, folder, **more):
+    sizes = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=2, intermediate_size=256)
+    base = t.DINOv3ViTModel(t.DINOv3ViTConfig(**{**sizes, **more}, patch_size=16, num_register_tokens=4))
+    randomise(base, seed=1).save_pretrained(folder)
+    return base.state_dict()
+
+
+def subtract_base(state, base):
+    """What upstream publishes: the fine-tuned minus the base encoder."""
+    delta = dict(state)
+    for key, value in base.items():
+        key = re.sub(r"^(model\.)?layer\.", "blocks.", re.sub(r"^embeddings\.", "patch_embed.", key))
+        if "mask_token" not in key:
+            delta[f"network.encoder.backbone.{key}"] = state[f"network.encoder.backbone.{key}"] - value
+    return delta
+
+
+@pytest.mark.parametrize("factor", [None, 0.7, 1.1])
+def test_load_dinov3_delta(tmp_path, factor):
+    """base + file equals transformers' model, whichever way the norms moved: both, down (decay), up."""
+    t = transformers()
+    theirs, base = hf_dinov3(t), dinov3_base(t, tmp_path / "base")
+    for name, p in theirs.named_parameters():
+        key = "norm.weight" if name == "layernorm.weight" else name.replace("layers.", "model.layer.")
+        if factor and key in base and re.search(r"norm[12]?\.weight$", key):
+            p.data = base[key] * factor
+    delta = subtract_base(dinov3_zoo_state(theirs), base)
+    if factor == 1.1:  # only what never changes shows it then
+        delta["network.encoder.pixel_mean"] = delta["network.encoder.pixel_std"] = torch.zeros(1, 3, 1, 1)
+    torch.save(delta, tmp_path / "delta.bin")
+    theirs.attn_mask_probs.fill_(0)
+    ours = load(tmp_path / "delta.bin", base=tmp_path / "base")
+    assert ours.config == dict(num_classes=5, num_queries=7, num_blocks=2)
+    compare(theirs, ours, images(2, 3, 96, 96))
+    with pytest.raises(ValueError, match="delta.bin: differences to an encoder") as error:
+        load(tmp_path / "delta.bin")
+    assert "\n" not in str(error.value) and "facebook/dinov3" in str(error.value)
+
+
+def test_load_dinov3_delta_mistakes(tmp_path):
+    t = transformers()
+    theirs, base = hf_dinov3(t), dinov3_base(t, tmp_path / "base")
+    dinov3_base(t, tmp_path / "other", num_hidden_layers=3)
+    state = dinov3_zoo_state(theirs)
+    torch.save(state, tmp_path / "whole.ckpt")  # upstream's own checkpoint: same spelling, but weights
+    theirs.attn_mask_probs.fill_(0)
+    compare(theirs, load(tmp_path / "whole.ckpt"), images(1, 3, 96, 96))
+    with pytest.raises(ValueError, match="whole.ckpt: weights, not differences"):
+        load(tmp_path / "whole.ckpt", base=tmp_path / "base")
+    save(tmp_path / "m.safetensors", tiny())
+    with pytest.raises(ValueError, match="m.safetensors: weights, not differences"):
+        load(tmp_path / "m.safetensors", base=tmp_path / "base")
+    torch.save(subtract_base(state, base), tmp_path / "delta.bin")
+    with pytest.raises(ValueError, match=r"other: encoder.blocks.3.* is missing or of another shape"):
+        load(tmp_path / "delta.bin", base=tmp_path / "other")
+
+
 def test_load_dinov2_encoder_from_transformers(tmp_path):
     t = transformers()
-    config = t.Dinov2WithRegistersConfig(hidden_size=64, num_hidden_layers=3, num_attention_heads=1, patch_size=14,
-                                         image_size=70, num_register_tokens=4)
+    config = t.Dinov2WithRegistersConfig(
+        hidden_size=64, num_hidden_layers=3, num_attention_heads=1, patch_size=14, image_size=70,
+        num_register_tokens=4)
     theirs = randomise(t.Dinov2WithRegistersModel(config)).eval()
     theirs.save_pretrained(tmp_path)
     ours = ViT(64, 3, 1, 14, (5, 5)).eval()
@@ -266,8 +417,9 @@ def test_load_dinov2_encoder_from_transformers(tmp_path):
 
 def test_load_dinov3_encoder_from_transformers(tmp_path):
     t = transformers()
-    config = t.DINOv3ViTConfig(hidden_size=64, num_hidden_layers=3, num_attention_heads=2, intermediate_size=256,
-                               patch_size=16, image_size=64, num_register_tokens=4)
+    config = t.DINOv3ViTConfig(
+        hidden_size=64, num_hidden_layers=3, num_attention_heads=2, intermediate_size=256, patch_size=16,
+        image_size=64, num_register_tokens=4)
     theirs = randomise(t.DINOv3ViTModel(config)).eval()
     theirs.save_pretrained(tmp_path)
     ours = ViT(64, 3, 2, 16, (4, 6), rope=100.0, eps=1e-5).eval()
@@ -281,14 +433,14 @@ def test_load_dinov3_encoder_from_transformers(tmp_path):
 
 def test_resample_patch_keeps_embedding():
     """What FlexiViT promises: a patch resized up has the same embedding under the resampled kernel."""
-    kernel, patch = torch.randn(8, 3, 14, 14, dtype=torch.double), torch.randn(1, 3, 14, 14, dtype=torch.double)
+    kernel, patch = torch.randn(9, 3, 14, 14, dtype=torch.double).split([8, 1])
     bigger = torch.nn.functional.interpolate(patch, (16, 16), mode="bicubic", antialias=True)
     want = torch.einsum("ochw,bchw->bo", kernel, patch)
     got = torch.einsum("ochw,bchw->bo", eomt.resample_patch(kernel, 16), bigger)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-# ---- properties -------------------------------------------------------------------------------------------------
+# ---- properties --------------------------------------------------------------------------------------------
 def tiny(num_queries=6, num_blocks=2, patch=8, **encoder):
     torch.manual_seed(0)
     return randomise(EoMT(ViT(32, 3, 2, patch, (4, 4), **encoder), 3, num_queries, num_blocks)).eval()
@@ -298,7 +450,8 @@ def test_forward_batched_equals_single():
     model, pixels = tiny(), images(3, 3, 32, 48)
     batched = model(pixels, torch.ones(2))[-1].masks
     for i in range(3):
-        torch.testing.assert_close(model(pixels[i:i + 1], torch.ones(2))[-1].masks[0], batched[i], rtol=0, atol=1e-5)
+        single = model(pixels[i:i + 1], torch.ones(2))[-1].masks[0]
+        torch.testing.assert_close(single, batched[i], rtol=0, atol=1e-5)
 
 
 def test_forward_number_of_predictions():
@@ -309,7 +462,7 @@ def test_forward_number_of_predictions():
 
 
 def test_forward_annealing_is_per_query():
-    """noise decides query by query: dropping the mask of one query in the last block changes that query alone."""
+    """noise decides query by query: without its mask in the last block one query changes, and no other."""
     model, pixels = tiny(), images(1, 3, 64, 96)
     prob, noise = torch.tensor([0.0, 0.5]), torch.zeros(1, 2, 6)
     *_, before, kept = model(pixels, prob, noise)
@@ -345,10 +498,11 @@ def test_fallback_equals_kernels(monkeypatch):
 
 
 def test_anneal_reproduces_published_windows():
-    """COCO panoptic ViT-L, 12 epochs: upstream's configuration states these steps (DESIGN: formula, not files)."""
+    """COCO panoptic ViT-L, 12 epochs: the steps that upstream's configuration states."""
     windows = anneal_windows(88692, 4)  # 12 * 7391
     starts, ends = [14782, 29564, 44346, 59128], [29564, 44346, 59128, 73910]
-    assert all(abs(w[0] - s) <= 0.5 and abs(w[1] - e) <= 0.5 for w, s, e in zip(windows, starts, ends, strict=True))
+    for (start, end), want_start, want_end in zip(windows, starts, ends, strict=True):
+        assert abs(start - want_start) <= 0.5 and abs(end - want_end) <= 0.5
     assert anneal(0, windows) == [1.0] * 4 and anneal(80000, windows) == [0.0] * 4
     half = anneal((14782 + 29564) // 2, windows)
     assert abs(half[0] - 0.5 ** 0.9) < 1e-9 and half[1:] == [1.0] * 3
@@ -373,8 +527,9 @@ def test_load_refuses_code(tmp_path):
         load(tmp_path / "evil.bin")
 
 
-@pytest.mark.parametrize("content,what", [(b"", "empty"), (b"<!DOCTYPE html><html>", "HTML"), (b"garbage" * 50, "damaged"),
-                                          (b"version https://git-lfs.github.com/spec/v1\noid", "git-lfs")])
+@pytest.mark.parametrize("content,what", [
+    (b"", "empty"), (b"<!DOCTYPE html><html>", "HTML"), (b"garbage" * 50, "damaged"),
+    (b"version https://git-lfs.github.com/spec/v1\noid", "git-lfs")])
 @pytest.mark.parametrize("suffix", ["bin", "safetensors"])
 def test_load_faults_one_line(tmp_path, content, what, suffix):
     path = tmp_path / f"m.{suffix}"
@@ -401,12 +556,16 @@ def test_load_faults_nan_cut_missing(tmp_path):
         load(tmp_path)
 
 
-# ---- post-processing --------------------------------------------------------------------------------------------
+# ---- post-processing ---------------------------------------------------------------------------------------
 def logits(seed=0, queries=12, classes=5, side=16):
+    """Masks (Q,s,s) of blobs that share the image, two queries for some, and confident classes (Q,K+1)."""
     g = torch.Generator().manual_seed(seed)
-    masks = torch.nn.functional.interpolate(torch.randn(1, queries, 4, 4, generator=g) * 6, (side, side),
-                                            mode="bicubic")[0]
-    return masks, torch.randn(queries, classes + 1, generator=g) * 4
+    places = torch.randn(1, queries, 4, 4, generator=g)
+    places[0, queries * 2 // 3:] = places[0, :queries - queries * 2 // 3]  # rivals for the same place
+    places += 0.2 * torch.randn(places.shape, generator=g)
+    field = torch.nn.functional.interpolate(places, (side, side), mode="bicubic")[0]
+    masks = 9 * (field - field.topk(3, 0).values[2]) - 1
+    return masks, torch.randn(queries, classes + 1, generator=g) * 6
 
 
 def brute_panoptic(masks, classes, window, content, size, thing):
@@ -441,7 +600,7 @@ def test_panoptic_equals_brute_force(seed, monkeypatch):
     want, key = brute_panoptic(masks, classes, window, content, size, thing)
     found = torch.cat([torch.tensor([-1]), got.labels])[got.ids.long()]
     assert torch.equal(found, want)
-    assert len(set(key[key >= 0].tolist())) == len(got.labels) == got.ids.max()
+    assert len(set(key[key >= 0].tolist())) == len(got.labels) == got.ids.max() > 0
     pairs = set(zip(got.ids[key >= 0].tolist(), key[key >= 0].tolist(), strict=True))
     assert len(pairs) == len(got.labels)  # one segment of ours for one of theirs
 
@@ -470,7 +629,7 @@ def test_instance_top_scores():
 def test_segment_sizes_and_determinism():
     model = tiny()
     model.meta = {"size": 32, "thing": [True, True, False]}
-    photos = [images(3, 20, 57), images(3, 32, 32, seed=1), images(3, 1, 90, seed=2), images(3, 70, 9, seed=3)]
+    photos = [images(3, *size, seed=i) for i, size in enumerate([(20, 57), (32, 32), (1, 90), (70, 9)])]
     results = eomt.segment(model, photos, "panoptic", batch=3)
     assert [tuple(r.ids.shape) for r in results] == [(20, 57), (32, 32), (1, 90), (70, 9)]
     single = eomt.segment(model, photos[1:2], "panoptic")[0]
@@ -484,7 +643,7 @@ def test_semantic_windows_average():
     model = tiny()
     photo = images(3, 32, 75)
     got = eomt.segment(model, [photo], "semantic", (32, 32))[0]
-    starts = [0, int(1 * (32 - 21 / 2)), int(2 * (32 - 21 / 2))]  # n = ceil(75 / 32) = 3, overlap 96 - 75 = 21
+    starts = [int(j * (32 - 21 / 2)) for j in range(3)]  # n = ceil(75 / 32) = 3, overlap 96 - 75 = 21
     assert starts[-1] + 32 == 75
     total, hits = torch.zeros(3, 32, 75), torch.zeros(75)
     with torch.no_grad():
@@ -493,6 +652,178 @@ def test_semantic_windows_average():
             hits[s:s + 32] += 1
     want = total / hits
     assert torch.equal(got, want.argmax(0))
+
+
+def test_semantic_covers_every_column(monkeypatch):
+    """7 windows and a bit: upstream's float starts leave the last column without a score (0 / 0)."""
+    def network(model, crops, mask_prob):
+        classes = torch.tensor([[0.0, 9.0, 0.0]]).expand(len(crops), 1, 3)  # class 1 of 2
+        return eomt.Prediction(torch.full((len(crops), 1, 2, 2), 9.0), classes)
+
+    monkeypatch.setattr(eomt, "_network", network)
+    got = eomt.segment(tiny(), [images(3, 640, 4481)], "semantic", (640, 640))[0]
+    assert (got == 1).all()
+
+
+def test_semantic_strip_in_bounded_memory(monkeypatch):
+    """A strip of 1x1500 at window height is cut; where nothing is cut the answer does not change."""
+    model, largest = tiny(), []
+    resize = eomt.resize
+    monkeypatch.setattr(eomt, "resize", lambda *a: largest.append(max(a[1])) or resize(*a))
+    got = eomt.segment(model, [images(3, 1, 150), images(3, 150, 1)], "semantic", (32, 32))
+    assert got[0].shape == (1, 150) and got[1].shape == (150, 1)
+    assert max(largest) <= 8 * 32
+
+
+@pytest.mark.parametrize("kind", ["panoptic", "instance", "semantic"])
+@pytest.mark.parametrize("rope", [None, 100.0])
+def test_segment_edge_cases(kind, rope):
+    """No image, one pixel, one class, train mode, bf16: all work, and only bf16 may move the numbers."""
+    torch.manual_seed(0)
+    model = randomise(EoMT(ViT(32, 3, 2, 8, (4, 4), rope=rope), 1, 6, 2)).eval()
+    model.meta = {"size": 32, "thing": [True]}
+    assert eomt.segment(model, [], kind) == []
+    photos = [images(3, 1, 1), images(3, 40, 33)]
+    results = eomt.segment(model, photos, kind)
+    flat = [r if kind == "semantic" else r[0] for r in results]
+    assert [tuple(f.shape[-2:]) for f in flat] == [(1, 1), (40, 33)]
+    model.train()
+    for a, b in zip(eomt.segment(model, photos, kind), flat, strict=True):
+        assert torch.equal(a if kind == "semantic" else a[0], b)
+    assert model.training
+    model.bfloat16()
+    for a, b in zip(eomt.segment(model, photos, kind), flat, strict=True):
+        assert (a if kind == "semantic" else a[0]).shape[-2:] == b.shape[-2:]
+    if kind != "semantic":
+        assert a.scores.dtype == torch.float32
+
+
+def test_segment_says_what_is_wrong():
+    model, photo = tiny(), images(3, 20, 30)
+    model.meta = {"size": 32}
+    with pytest.raises(ValueError, match="kind stuff: unknown"):
+        eomt.segment(model, [photo], "stuff")
+    with pytest.raises(ValueError, match="thing: not one bool for each of 3 classes"):
+        eomt.segment(model, [photo], "panoptic")
+    with pytest.raises(ValueError, match="thing: not one bool for each of 3 classes"):
+        eomt.segment(model, [photo], "panoptic", thing=[True, False])
+    with pytest.raises(ValueError, match="36x36 pixels do not split into patches of 8"):
+        eomt.segment(model, [photo], "instance", (36, 36))
+    with pytest.raises(AssertionError, match="uint8"):  # 0..1 floats would silently become black
+        eomt.segment(model, [torch.rand(3, 32, 32)], "instance")
+
+
+# ---- post-processing against transformers' ---------------------------------------------------------------
+def hf_processor(side, **more):
+    transformers()
+    module = pytest.importorskip("transformers.models.eomt.image_processing_pil_eomt")
+    return module.EomtImageProcessorPil(
+        size={"shortest_edge": side, "longest_edge": None if more.get("do_split_image") else side},
+        do_rescale=False, do_normalize=False, **more)
+
+
+def outputs(masks, classes, offsets=None):
+    return SimpleNamespace(masks_queries_logits=masks, class_queries_logits=classes, patch_offsets=offsets)
+
+
+SIZES = [(64, 64), (50, 33), (33, 50), (48, 90), (100, 64)]  # both round the scaled sides alike
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_panoptic_equals_transformers(seed):
+    masks, classes = logits(seed, queries=30)
+    thing = [True, True, False, False, True]
+    for size in SIZES:
+        window = (64, 64)
+        want, = hf_processor(64).post_process_panoptic_segmentation(
+            outputs(masks[None], classes[None]), [size], stuff_classes=[2, 3])
+        got = eomt.panoptic(masks, classes, window, eomt.fit(size, window), size, thing)
+        assert torch.equal(got.ids.long() - 1, want["segmentation"].long())
+        assert [s["label_id"] for s in want["segments_info"]] == got.labels.tolist() and len(got.labels) > 1
+        scores = torch.tensor([s["score"] for s in want["segments_info"]])
+        torch.testing.assert_close(got.scores, scores, rtol=0, atol=1e-6)
+
+
+def test_panoptic_keeps_a_share_of_exactly_four_fifths():
+    """Upstream drops what is below 0.8, transformers what is not above it."""
+    masks = torch.full((2, 1, 10), 1.0)
+    masks[1], masks[1, :, 8:] = -9.0, 3.0  # takes 2 of the 10 pixels of the first
+    classes = torch.tensor([[9.0, 0.0, 0.0], [0.0, 9.0, 0.0]])
+    got = eomt.panoptic(masks, classes, (1, 10), (1, 10), (1, 10), [True, True])
+    assert got.ids.tolist() == [[1] * 8 + [2] * 2]
+
+
+def test_instance_equals_transformers():
+    """They paint the mask of each query with its best class into one map; these pairs are among ours."""
+    masks, classes = logits(queries=10)
+    for size in SIZES:
+        want, = hf_processor(64).post_process_instance_segmentation(
+            outputs(masks[None], classes[None]), [size], threshold=0.05)
+        got = eomt.instance(masks, classes, (64, 64), eomt.fit(size, (64, 64)), size, top=50)
+        painted = torch.full(size, -1.0)
+        for row in want["segments_info"]:
+            same = (got.labels == row["label_id"]) & ((got.scores - row["score"]).abs() < 1e-6)
+            assert same.sum() == 1
+            painted[got.masks[same][0]] = row["id"]
+        assert torch.equal(painted, want["segmentation"]) and painted.max() > 3
+
+
+def test_segment_equals_transformers_pipeline():
+    """Their preprocessing, our network, their post-processing, on photos of several shapes."""
+    model = tiny(num_queries=1)  # random queries would all overlap and void each other
+    model.meta = {"size": 64, "thing": [True, True, False]}
+    with torch.no_grad():
+        model.class_head.bias[1] = 50.0
+    for i, size in enumerate(SIZES):
+        photo = images(3, *size, seed=i)
+        processor = hf_processor(64, do_pad=True)
+        pixels = processor(photo, return_tensors="pt")["pixel_values"]
+        prediction = model(pixels)[-1]
+        want, = processor.post_process_panoptic_segmentation(
+            outputs(*prediction), [size], threshold=0.8, stuff_classes=[2])
+        got, = eomt.segment(model, [photo], "panoptic")
+        assert torch.equal(got.ids.long() - 1, want["segmentation"].long())
+        assert got.labels.tolist() == [1] and 0.1 < got.ids.float().mean() < 0.9
+
+
+def test_semantic_equals_transformers_pipeline():
+    model = tiny()
+    for i, size in enumerate([(32, 75), (75, 32), (48, 60), (61, 50), (32, 32), (20, 100)]):
+        photo = images(3, *size, seed=i)
+        processor = hf_processor(32, do_split_image=True)
+        inputs = processor(photo, return_tensors="pt")
+        offsets = [tuple(row.tolist()) for row in inputs["patch_offsets"]]
+        prediction = model(inputs["pixel_values"])[-1]
+        want, = processor.post_process_semantic_segmentation(
+            outputs(*prediction, offsets), [size], size={"shortest_edge": 32, "longest_edge": None})
+        got, = eomt.segment(model, [photo], "semantic", (32, 32))
+        assert (got == want).float().mean() > 0.999  # ties alone may fall either way
+
+
+def test_fit_rounds_as_upstream():
+    """transformers cuts the long side off instead: 640 becomes 639 by 1e-14 for one size in 17."""
+    assert eomt.fit((200, 233), (640, 640)) == (549, 640)
+    assert eomt.fit((427, 640), (640, 640)) == (427, 640)
+
+
+# ---- checkpoint folders ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("text", ["{", "[]", '{"sha256": 3}', "{}", '{"sha256": {"model.safetensors": "0"}}'])
+def test_find_passes_over_damage(tmp_path, text, capsys):
+    for name in ("step-00000010", "best"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"x")
+    (tmp_path / "best" / "meta.json").write_text(text)
+    assert eomt.find(tmp_path).parent.name == "step-00000010"
+    assert "warning" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="best"):
+        eomt.find(tmp_path / "best")
+
+
+def test_read_broken_config_json(tmp_path):
+    hf_eomt(tmp_path)
+    (tmp_path / "config.json").write_text('{"num_blocks": 2,')
+    with pytest.raises(ValueError, match="config.json: damaged JSON"):
+        eomt.read(tmp_path)
 
 
 def test_find_prefers_best_then_newest(tmp_path):

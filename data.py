@@ -1,0 +1,1448 @@
+"""Segmentation data: archives read in place, tasks, targets, augmentation, batches, a procedural world.
+
+In: a folder with the archives as downloaded (COCO, ADE20K, Cityscapes; zip, tar or unpacked) or a user's own.
+Out: uint8 images (3,S,S) with a `Target` each, batched; for evaluation the original images.
+The order depends on (seed, epoch) alone, an augmentation on (seed, epoch, index).
+
+    task = detect("/coco")  # or TASKS["coco_panoptic"]
+    dataset = SegmentDataset("/coco", task, "train", Augment(task.size, task.scale, task.color_jitter))
+    for batch in loader(dataset, batch_size=16, steps=100, workers=4):
+        batch.images  # uint8 (16, 3, 640, 640)
+
+`python data.py /coco --decode` checks a data folder and draws some of it. Mistakes raise ValueError or
+FileNotFoundError with one line, `<file>!<member>: <what is wrong>; <what to do>`. Polygons and RLE come from
+metrics.py, imported only when an instance annotation is read.
+"""
+# SPDX-License-Identifier: MIT
+import argparse
+import hashlib
+import io
+import json
+import math
+import os
+import shutil
+import struct
+import sys
+import tarfile
+import tempfile
+import time
+import weakref
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageEnhance, UnidentifiedImageError
+from torch import Tensor
+
+import vocab
+from vocab import Vocabulary
+
+IMAGE_LIMIT = 1 << 28  # bytes of one picture, decompressed; the largest real one is near 20 MB
+JSON_LIMIT = 1 << 30  # COCO's largest JSON has 0.45 GB
+NESTED_LIMIT = 1 << 34  # COCO's largest nested zip has 0.8 GB
+ENCRYPTED, NO_CRC = 99, -1  # in the columns `method` and `crc`
+
+# ----------------------------------------------------------------------------------------------------
+# Cache
+
+
+def cache_dir() -> Path:
+    """Folder for what is computed once per archive: ~/.cache/nanoeomt, else a private temporary one."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    for path in (Path(base) / "nanoeomt", Path(tempfile.gettempdir()) / f"nanoeomt-{os.getuid()}"):
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(path, os.W_OK) and path.stat().st_uid == os.getuid():
+            return path
+    raise ValueError(f"{base}: no folder to keep the data index in; set XDG_CACHE_HOME to a writable folder")
+
+
+def cache_file(path: str | Path, key: str, suffix: str) -> Path:
+    """Where work on the archive at `path` is kept; another size or mtime of the archive is another file."""
+    stat = os.stat(path)
+    text = f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns} {key}"
+    return cache_dir() / (hashlib.blake2b(os.fsencode(text), digest_size=12).hexdigest() + suffix)
+
+
+def write_atomically(target: Path, write) -> None:
+    """`write(file)` into a temporary file, then rename: `target` is whole or absent."""
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".tmp-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+        os.replace(temporary, target)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Names
+
+
+def _junk(name):
+    parts = name.split("/")
+    return name.endswith("/") or "__MACOSX" in parts or parts[-1].startswith("._") or len(name) > 255
+
+
+class _Names:
+    """The sorted member names of a reader (`names`, bytes array (n,)) and the look-ups on them."""
+
+    def _set_names(self, names):
+        raw = np.array([os.fsencode(n) for n in names], dtype="S")
+        order = np.argsort(raw, kind="stable")
+        self.names = raw[order]
+        return order
+
+    def find(self, names: Iterable[str]) -> np.ndarray:
+        """Index of each name, int64 (n,), -1 where there is none."""
+        wanted = np.array([os.fsencode(n) for n in names], dtype="S")
+        if not len(self.names) or not len(wanted):
+            return np.full(len(wanted), -1)
+        at = np.minimum(np.searchsorted(self.names, wanted), len(self.names) - 1)
+        return np.where(self.names[at] == wanted, at, -1)
+
+    def index(self, member: str | int) -> int:
+        """Index of one member; FileNotFoundError if it is not there."""
+        found = int(self.find([member])[0]) if isinstance(member, str) else int(member)
+        if found < 0:
+            raise FileNotFoundError(f"{self.label}!{member}: missing; get it, or fix the annotation file")
+        return found
+
+    def where(self, index: int) -> str:
+        """`file!member`, the start of every message."""
+        return f"{self.label}!{os.fsdecode(self.names[index])}"
+
+    def locate(self, names: Sequence[str], problems: list[str]) -> np.ndarray:
+        """Like `find`, with a line in `problems` for every name that is missing, or there more than once."""
+        at = self.find(names)
+        lower = {n.lower(): n for n in self.names.tolist()} if (at < 0).any() else {}
+        for name in (names[i] for i in np.flatnonzero(at < 0)):
+            other = lower.get(os.fsencode(name).lower())
+            found = f"case differs, there is {os.fsdecode(other)}" if other else "missing"
+            problems.append(f"{self.label}!{name}: {found}; get it, or fix the annotation file")
+        twice = np.append(self.names[1:] == self.names[:-1], False)
+        for i in at[at >= 0][twice[at[at >= 0]]]:
+            problems.append(f"{self.where(i)}: there more than once; pack this archive again")
+        return at
+
+    def folder(self, wanted: str) -> str | None:
+        """Prefix of the folder `wanted` in here, such as "top/wanted/"; None if there is no such folder."""
+        inside = np.char.find(np.char.add(b"/", self.names), os.fsencode(f"/{wanted}/"))
+        first = np.flatnonzero(inside >= 0)[:1]
+        return None if not len(first) else os.fsdecode(self.names[first[0]])[:inside[first[0]]] + wanted + "/"
+
+    def under(self, prefix: str, suffixes: tuple[str, ...]) -> list[str]:
+        """Sorted names that start with `prefix` and end with one of `suffixes`, without the prefix."""
+        names, ends = map(os.fsdecode, self.names), tuple(suffix.lower() for suffix in suffixes)
+        return [n[len(prefix):] for n in names if n.startswith(prefix) and n.lower().endswith(ends)]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Readers
+
+
+class ZipReader(_Names):
+    """Reads members of a .zip (or plain .tar) in place; nothing is ever unpacked under a member's name.
+
+    `start` and `length` bound a zip stored inside another file; `label` names it in messages.
+    """
+
+    def __init__(self, path: str | Path, start: int = 0, length: int | None = None, label: str = ""):
+        self.path, self.label, self.start, self._descriptor = str(path), label or str(path), start, None
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{path}: not found; check the path, or download it")
+        self.length = os.path.getsize(path) - start if length is None else length
+        rows = _tar_rows(self) if self.path.endswith(".tar") else _zip_rows(self)
+        rows = [row for row in rows if not _junk(row[0])]
+        order = self._set_names([row[0] for row in rows])
+        table = np.array([row[1:] for row in rows], np.int64).reshape(-1, 5)[order]  # (n, 5)
+        self.offset, self.packed, self.size, self.crc = table[:, :4].T.copy()
+        self.method = table[:, 4].astype(np.uint8)
+
+    def __getstate__(self):
+        return {**self.__dict__, "_descriptor": None}
+
+    def pread(self, offset: int, count: int) -> bytes:
+        """Bytes at `offset`, fewer at the end; moves no file position, so forked processes may share one."""
+        if self._descriptor is None:
+            self._descriptor = os.open(self.path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._descriptor)
+        parts, count = [], min(count, self.length - offset)
+        while count > 0 and (part := os.pread(self._descriptor, min(count, 1 << 30), self.start + offset)):
+            parts.append(part)
+            offset, count = offset + len(part), count - len(part)
+        return b"".join(parts)
+
+    def _begin(self, i, limit):
+        """Where the bytes of member i start, once it is known to be readable."""
+        if self.method[i] not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            kinds = {ENCRYPTED: "encrypted", 9: "Deflate64"}
+            kind = kinds.get(int(self.method[i]), f"compression method {self.method[i]}")
+            raise ValueError(f"{self.where(i)}: {kind}; pack it again, stored or deflated")
+        if self.size[i] > limit:
+            raise ValueError(f"{self.where(i)}: {self.size[i]} bytes unpacked, limit {limit}; remove it")
+        if self.crc[i] == NO_CRC:  # tar
+            return int(self.offset[i])
+        # lengths of name and extra field differ from the directory's
+        head = self.pread(int(self.offset[i]), 30)
+        if head[:4] != b"PK\3\4" or len(head) < 30:
+            raise ValueError(f"{self.where(i)}: not where the directory says; download the archive again")
+        return int(self.offset[i]) + 30 + sum(struct.unpack("<HH", head[26:]))
+
+    def read(self, member: str | int, limit: int = IMAGE_LIMIT) -> bytes:
+        """Contents of one member (name or index), checked against its length and CRC."""
+        i = self.index(member)
+        data = self.pread(self._begin(i, limit), int(self.packed[i]))
+        if self.method[i] == zipfile.ZIP_DEFLATED:
+            try:
+                data = zlib.decompressobj(-15).decompress(data, int(self.size[i]) + 1)
+            except zlib.error as error:
+                raise ValueError(f"{self.where(i)}: damaged ({error}); download the archive again") from None
+        if len(data) != self.size[i]:
+            found = f"{len(data)} of {self.size[i]} bytes"
+            raise ValueError(f"{self.where(i)}: cut, {found}; download the archive again")
+        if self.crc[i] not in (NO_CRC, zlib.crc32(data)):
+            raise ValueError(f"{self.where(i)}: wrong CRC; download the archive again")
+        return data
+
+    def nested(self, member: str) -> "ZipReader":
+        """A zip inside this one: in place if it is stored, else unpacked once into the cache."""
+        i = self.index(member)
+        start = self._begin(i, NESTED_LIMIT)
+        if self.method[i] == zipfile.ZIP_STORED:
+            return ZipReader(self.path, self.start + start, int(self.size[i]), self.where(i))
+        target = cache_file(self.path, f"{self.start} {member}", ".zip")
+        if not target.exists():
+            if shutil.disk_usage(target.parent).free < self.size[i]:
+                need = f"no room for {self.size[i]} bytes of {self.where(i)}"
+                raise ValueError(f"{target.parent}: {need}; set XDG_CACHE_HOME to a larger disk")
+            write_atomically(target, lambda file: self._inflate(i, file))
+        return ZipReader(target, label=self.where(i))
+
+    def _inflate(self, i, file):
+        """Unpack one large member into `file`, a MB at a time; zipfile checks its length and CRC."""
+        name = os.fsdecode(self.names[i])
+        try:
+            with zipfile.ZipFile(_File(self)) as archive, archive.open(name) as member:
+                shutil.copyfileobj(member, file, 1 << 20)
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise ValueError(f"{self.where(i)}: damaged ({error}); download the archive again") from None
+
+
+class _File(io.RawIOBase):
+    """The part of a file that a ZipReader covers, as the file object that zipfile wants."""
+
+    def __init__(self, reader):
+        self.reader, self.at = reader, 0
+
+    def seekable(self):
+        return True
+
+    def tell(self):
+        return self.at
+
+    def seek(self, offset, whence=io.SEEK_SET):
+        self.at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.reader.length}[whence]
+        return self.at
+
+    def read(self, count=-1):
+        data = self.reader.pread(self.at, self.reader.length if count is None or count < 0 else count)
+        self.at += len(data)
+        return data
+
+
+def _zip_rows(reader):
+    """Rows (name, offset, packed size, size, crc, method) of a zip's directory."""
+    try:
+        with zipfile.ZipFile(_File(reader)) as archive:
+            infos = archive.infolist()
+        if any(info.header_offset < 0 for info in infos):
+            raise zipfile.BadZipFile("its beginning is missing")
+    except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError) as error:
+        head = reader.pread(0, 64).lstrip()
+        kind = "empty" if not reader.length else "a web page" if head[:1] == b"<" else \
+            "a git-lfs pointer" if head.startswith(b"version https://git-lfs") else \
+            "a cut or damaged zip" if head[:2] == b"PK" else f"not a zip ({error})"
+        raise ValueError(f"{reader.label}: {reader.length} bytes, {kind}; download it again") from None
+    rows = []
+    for info in infos:
+        # a name without the UTF-8 flag is decoded as cp437, but what most tools wrote is UTF-8
+        name = info.filename if info.flag_bits & 0x800 else _as_utf8(info.filename)
+        method = ENCRYPTED if info.flag_bits & 1 else info.compress_type
+        rows.append((name, info.header_offset, info.compress_size, info.file_size, info.CRC, method))
+    return rows
+
+
+def _as_utf8(name):
+    try:
+        return name if name.isascii() else name.encode("cp437").decode()
+    except UnicodeError:
+        return name
+
+
+def _tar_rows(reader):
+    try:
+        with tarfile.open(reader.path, "r:") as tar:
+            files = [m for m in tar if m.isreg()]
+    except tarfile.TarError as error:
+        raise ValueError(f"{reader.path}: not an uncompressed whole tar ({error}); get it again") from None
+    return [(m.name.removeprefix("./"), m.offset_data, m.size, m.size, NO_CRC, 0) for m in files]
+
+
+class FolderReader(_Names):
+    """The interface of ZipReader over the files of a plain folder."""
+
+    def __init__(self, path: str | Path):
+        self.path = self.label = str(path)
+        walk = ((os.path.relpath(folder, path), files) for folder, _, files in os.walk(path))
+        names = [os.path.normpath(os.path.join(folder, f)) for folder, files in walk for f in files]
+        self._set_names([n for n in names if not _junk(n)])
+
+    def read(self, member: str | int, limit: int = IMAGE_LIMIT) -> bytes:
+        """Contents of one file (name or index)."""
+        i = self.index(member)
+        with open(os.path.join(self.path, os.fsdecode(self.names[i])), "rb") as file:
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise ValueError(f"{self.where(i)}: over {limit} bytes; not from a data set, drop it")
+        return data
+
+    def nested(self, member: str) -> ZipReader:
+        """A zip in this folder."""
+        return ZipReader(os.path.join(self.path, member))
+
+
+Reader = ZipReader | FolderReader
+
+
+def mount(root: str | Path, folders: Sequence[str], archives: Sequence[str] = ()) -> tuple[Reader, str]:
+    """Reader and member prefix of the first of `folders`: inside one of `archives`, as FOLDER.zip, or plain.
+
+    `root` is a folder, or one zip that holds them all.
+    """
+    root = Path(root)
+    if not root.exists():
+        raise FileNotFoundError(f"{root}: not found; check the path")
+    names = [*archives, *(f"{folder}.zip" for folder in folders)]
+    files = [root] if root.is_file() else [root / name for name in names]
+    for path in files:
+        if path.is_file():
+            reader = ZipReader(path)
+            inside = [prefix for prefix in map(reader.folder, folders) if prefix is not None]
+            if inside or path != root:
+                return reader, inside[0] if inside else ""
+    for folder in folders:
+        if (root / folder).is_dir():
+            return FolderReader(root / folder), ""
+    wanted = " or ".join([*archives, *(f"{folder}[.zip]" for folder in folders)])
+    raise FileNotFoundError(f"{root}: has no {wanted}; download it, or give another folder")
+
+
+# What Pillow raises on damaged pictures.
+UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error,
+               Image.DecompressionBombError)
+
+# ----------------------------------------------------------------------------------------------------
+# Tasks
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row: what is segmented, how its files lie (`layout`), and the numbers of the published recipe."""
+
+    name: str
+    vocabulary: Vocabulary
+    kind: str  # "panoptic", "instance" or "semantic"
+    layout: str  # a key of SOURCES
+    queries: int = 200
+    epochs: int = 12
+    size: int = 640
+    scale: tuple[float, float] = (0.1, 2.0)
+    color_jitter: bool = False
+
+
+# Recipes of the EoMT paper's model zoo, but for the procedural worlds: their objects are as large as a tiny
+# model needs them, so they are scaled little.
+TASKS = {task.name: task for task in (
+    Task("coco_panoptic", vocab.COCO_PANOPTIC, "panoptic", "coco_panoptic"),
+    Task("coco_instance", vocab.COCO_INSTANCE, "instance", "coco_instance"),
+    Task("ade20k_panoptic", vocab.ADE20K, "panoptic", "ade20k_panoptic", epochs=31, color_jitter=True),
+    Task("ade20k_semantic", vocab.ADE20K, "semantic", "ade20k", 100, 31, 512, (0.5, 2.0), True),
+    Task("cityscapes_semantic", vocab.CITYSCAPES, "semantic", "cityscapes", 100, 107, 1024, (0.5, 2.0), True),
+    Task("shapes", vocab.SHAPES, "panoptic", "coco_panoptic", 16, 20, 64, (0.8, 1.25)),
+    Task("shapes_open", vocab.SHAPES_OPEN, "panoptic", "coco_panoptic", 16, 20, 64, (0.8, 1.25)),
+)}
+
+
+class Pairs(NamedTuple):
+    """Where pictures and label PNGs lie; {} is the split's folder. A pixel is its class's id + `offset`."""
+
+    images: str
+    masks: str
+    archives: tuple[str, str]
+    splits: tuple[str, str]  # folder names of train and val
+    suffixes: tuple[str, str]  # end of a picture's name -> end of its PNG's name
+    ignored: tuple[int, ...]
+    offset: int = 0
+
+
+ADE = "ADEChallengeData2016"
+PAIRS = {
+    "ade20k": Pairs(f"{ADE}/images/{{}}", f"{ADE}/annotations/{{}}", (f"{ADE}.zip",) * 2,
+                    ("training", "validation"), (".jpg", ".png"), (0,), 1),
+    "cityscapes": Pairs("leftImg8bit/{}", "gtFine/{}",
+                        ("leftImg8bit_trainvaltest.zip", "gtFine_trainvaltest.zip"), ("train", "val"),
+                        ("_leftImg8bit.png", "_gtFine_labelIds.png"), tuple(range(256))),
+    "own_semantic": Pairs("images/{}", "masks/{}", ("images.zip", "masks.zip"), ("train", "val"),
+                          ("", ".png"), (255,)),
+}
+
+# ----------------------------------------------------------------------------------------------------
+# Annotation JSON, parsed once into flat arrays
+
+
+class Table:
+    """Flat arrays of one annotation file, kept in the cache; pickled as a path, spawned workers reload it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with np.load(path, allow_pickle=False) as file:
+            self.arrays = dict(file)
+
+    def __getitem__(self, key):
+        return self.arrays[key]
+
+    def __reduce__(self):
+        return Table, (self.path,)
+
+    def problems(self):
+        return [line.decode() for line in self.arrays["problems"]]
+
+
+def load_table(reader: Reader, member: str, parse) -> Table:
+    """The arrays that `parse(json) -> (arrays, problems)` makes of a member, from the cache if it can."""
+    path = Path(reader.path) / member if isinstance(reader, FolderReader) else reader.path
+    where = reader.where(reader.index(member))
+    cached = cache_file(path, f"{member} {parse.__name__} 1", ".npz")  # 1: layout of the arrays
+    if not cached.exists():
+        data = reader.read(member, JSON_LIMIT)
+        try:
+            arrays, problems = parse(json.loads(data))
+        except (ValueError, RecursionError) as error:  # not JSON, or an RLE that is none
+            raise ValueError(f"{where}: {len(data)} bytes, {str(error)[:99]}; download it again") from None
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{where}: not COCO's form ({error!r}); give a COCO annotation file") from None
+        arrays["problems"] = np.array([f"{where}: {line}".encode() for line in problems[:1000]], dtype="S")
+        write_atomically(cached, lambda file: np.savez(file, **arrays))
+    return Table(cached)
+
+
+def _image_arrays(data, problems):
+    """Arrays of the "images" and "categories" lists, and the row of each image id."""
+    images, categories = data["images"], data["categories"]
+    row = {}
+    for image in images:
+        if image["id"] in row:
+            problems.append(f"image id {image['id']} twice; fix this file")
+        row[image["id"]] = len(row)
+    arrays = {
+        "image_id": np.array([i["id"] for i in images], np.int64),
+        "hw": np.array([(i["height"], i["width"]) for i in images], np.int64).reshape(-1, 2),  # (n, 2)
+        "image_name": np.array([i["file_name"].encode() for i in images], dtype="S"),
+        "category_id": np.array([c["id"] for c in categories], np.int64),
+        "category_name": np.array([c["name"].encode() for c in categories], dtype="S"),
+        "category_thing": np.array([c.get("isthing", 1) for c in categories], bool),
+    }
+    return arrays, row
+
+
+def _starts(counts):
+    """First row of each group, and the end of the last: int64 (n+1,)."""
+    return np.concatenate(([0], np.cumsum(np.array(counts, np.int64))))
+
+
+def _segment_arrays(lists):
+    """Columns of all segments, in image order; those of image i are rows start[i]:start[i+1]."""
+    segments = [segment for one in lists for segment in one]
+    return segments, {
+        "start": _starts([len(one) for one in lists]),
+        "category": np.array([s["category_id"] for s in segments], np.int64),
+        "crowd": np.array([s.get("iscrowd", 0) for s in segments], bool),
+        "area": np.array([s["area"] for s in segments], np.float64),
+    }
+
+
+def parse_panoptic(data: dict) -> tuple[dict, list[str]]:
+    """COCO panoptic JSON -> arrays, and what is wrong with it."""
+    problems = []
+    arrays, row = _image_arrays(data, problems)
+    image_id, found = arrays["image_id"], {}
+    for annotation in data["annotations"]:
+        i = row.get(annotation["image_id"])
+        if i is None or i in found:
+            what = "is not in images" if i is None else "is annotated twice"
+            problems.append(f"image id {annotation['image_id']} {what}; fix this file")
+        else:
+            found[i] = annotation
+    problems += [f"image id {image_id[i]} has no annotation; fix this file"
+                 for i in range(len(image_id)) if i not in found]
+    found = [found.get(i, {"segments_info": [], "file_name": ""}) for i in range(len(image_id))]
+    segments, columns = _segment_arrays([annotation["segments_info"] for annotation in found])
+    arrays |= columns
+    ids = arrays["id"] = np.array([s["id"] for s in segments], np.int64)
+    arrays["png_name"] = np.array([annotation["file_name"].encode() for annotation in found], dtype="S")
+    owner = np.repeat(image_id, np.diff(arrays["start"]))
+    for s in np.flatnonzero((ids < 1) | (ids >= 1 << 24)):
+        problems.append(f"segment id {ids[s]} in image id {owner[s]}; ids are 1 to 16777215, fix this file")
+    order = np.lexsort((ids, owner))
+    same = (np.diff(ids[order]) == 0) & (np.diff(owner[order]) == 0)
+    for s in order[1:][same]:
+        problems.append(f"segment id {ids[s]} twice in image id {owner[s]}; fix this file")
+    return arrays, problems
+
+
+def parse_instances(data: dict) -> tuple[dict, list[str]]:
+    """COCO instance JSON -> arrays; row s has parts part[s]:part[s+1], each a run of `numbers`."""
+    problems = []
+    arrays, row = _image_arrays(data, problems)
+    lists = [[] for _ in arrays["image_id"]]
+    for annotation in data["annotations"]:
+        if annotation["image_id"] in row:
+            lists[row[annotation["image_id"]]].append(annotation)
+        else:
+            problems.append(f"image id {annotation['image_id']} is not in images; fix this file")
+    segments, columns = _segment_arrays(lists)
+    arrays |= columns
+    outlines = [s["segmentation"] for s in segments]
+    arrays["is_rle"] = np.array([isinstance(outline, dict) for outline in outlines], bool)
+    outlines = [[_counts(outline)] if isinstance(outline, dict) else outline for outline in outlines]
+    arrays["part"] = _starts([len(outline) for outline in outlines])
+    arrays["number"] = _starts([len(part) for outline in outlines for part in outline])
+    numbers = np.array([x for outline in outlines for part in outline for x in part], np.float64)
+    # annotations have two decimals: hundredths in int32 take half the room and give the same doubles back
+    hundredths = np.round(numbers * 100)
+    exact = np.abs(hundredths).max(initial=0) < 2**31 and (hundredths / 100 == numbers).all()
+    arrays["numbers"], arrays["unit"] = (hundredths.astype(np.int32), 100) if exact else (numbers, 1)
+    return arrays, problems
+
+
+def _counts(rle):
+    """Uncompressed counts of a COCO RLE."""
+    from metrics import rle_counts, rle_decode
+
+    return rle["counts"] if isinstance(rle["counts"], list) else rle_counts(rle_decode(rle))
+
+
+# ----------------------------------------------------------------------------------------------------
+# Ground truth of one image
+
+
+@dataclass
+class Target:
+    """T segments as L layers of id maps: segment t is `ids[layer[t]] == value[t]`; disjoint: one layer."""
+
+    ids: Tensor  # uint8 (L, H, W), 0 = nothing
+    layer: Tensor  # int64 (T,)
+    value: Tensor  # int64 (T,) in 1..255
+    labels: Tensor  # int64 (T,) class index
+    crowd: Tensor  # bool (T,)
+    area: Tensor  # float64 (T,) as the annotation states it (COCO's instances have decimals), else pixels
+
+    def masks(self) -> Tensor:
+        """Bool (T,H,W)."""
+        return self.ids[self.layer] == self.value[:, None, None]  # (T, H, W)
+
+    def to(self, device) -> "Target":
+        return Target(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+    def keep(self, rows: np.ndarray) -> "Target":
+        """The same maps with only the segments where `rows` bool (T,) is true."""
+        index = torch.from_numpy(np.flatnonzero(rows))
+        return Target(self.ids, *(getattr(self, field.name)[index] for field in fields(self)[1:]))
+
+    @staticmethod
+    def from_masks(masks, labels, crowd=None, area=None) -> "Target":
+        """From bool masks (T,H,W): each goes into the first layer where it overlaps nothing."""
+        masks = np.asarray(masks).astype(bool, copy=False)  # (T, H, W)
+        layers, used, layer, value = [], [], [], []
+        for mask in masks:
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            box = np.s_[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1] if len(rows) else np.s_[:0, :0]
+            part = mask[box]
+            free = (k for k, ids in enumerate(layers) if used[k] < 255 and not ids[box][part].any())
+            k = next(free, len(layers))
+            if k == len(layers):
+                layers.append(np.zeros(mask.shape, np.uint8))  # (H, W)
+                used.append(0)
+            used[k] += 1
+            layers[k][box][part] = used[k]
+            layer.append(k)
+            value.append(used[k])
+        ids = np.stack(layers or [np.zeros(masks.shape[1:], np.uint8)])  # (L, H, W)
+        area = masks.sum((1, 2)) if area is None else area
+        return _target(ids, layer, value, labels, np.zeros(len(masks)) if crowd is None else crowd, area)
+
+
+def _target(ids, layer, value, labels, crowd, area):
+    kinds = (np.uint8, np.int64, np.int64, np.int64, bool, np.float64)
+    columns = zip((ids, layer, value, labels, crowd, area), kinds, strict=True)
+    return Target(*(torch.from_numpy(np.ascontiguousarray(column, kind)) for column, kind in columns))
+
+
+# ----------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def open_picture(data: bytes, where: str) -> Image.Image:
+    """A decoded picture of 8 bits a channel; `where` starts the message if it cannot be decoded."""
+    try:
+        picture = Image.open(io.BytesIO(data))
+        # Pillow would clip 16 bits without a word
+        deep = picture.mode[0] in "IF" or (picture.format == "PNG" and data[24] == 16)
+        if not deep:
+            picture.load()
+    except UnidentifiedImageError:  # its own text holds an address, so it is another one each time
+        raise ValueError(f"{where}: {len(data)} bytes, not a picture; download it again") from None
+    except UNDECODABLE as error:
+        raise ValueError(f"{where}: cannot be decoded ({error}); download it again") from None
+    if deep:
+        raise ValueError(f"{where}: more than 8 bits a channel (mode {picture.mode}); convert it to 8 bits")
+    return picture
+
+
+def label_map(data: bytes, where: str) -> np.ndarray:
+    """Class map uint8 (H,W) of a grey or palette PNG."""
+    picture = open_picture(data, where)
+    if picture.mode not in ("L", "P"):
+        raise ValueError(f"{where}: mode {picture.mode}, wanted L or P (a class index a pixel); convert it")
+    return np.asarray(picture)  # (H, W)
+
+
+def id_map(data: bytes, where: str) -> np.ndarray:
+    """Ids uint32 (H,W) = R + 256 G + 65536 B of a panoptic PNG."""
+    picture = open_picture(data, where)
+    if picture.mode != "RGB":
+        raise ValueError(f"{where}: mode {picture.mode}, wanted RGB (id = R + 256 G + 65536 B); convert it")
+    width, height = picture.size
+    return np.frombuffer(picture.tobytes("raw", "RGBX"), "<u4").reshape(height, width) & 0xFFFFFF  # (H, W)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Sources, one per layout: `images` (reader), `members` (n,) indices in it, `names`, `image_ids`, `problems`
+# (what is wrong, as far as it shows without decoding), `target(i, crowd)` with or without crowds, `labels()`
+
+
+def coco_table(root: str | Path, kind: str, split: str) -> tuple[Table, Reader, str]:
+    """Arrays of a COCO JSON (`kind` panoptic or instances), its reader, and its name without .json."""
+    archive = "annotations_trainval2017.zip"
+    reader, prefix = mount(root, ["annotations"], [f"panoptic_{archive}" if kind == "panoptic" else archive])
+    stems = [f"{prefix}{kind}_{split}2017", f"{prefix}{kind}_{split}"]
+    stem = next((s for s in stems if reader.find([f"{s}.json"])[0] >= 0), stems[0])
+    parse = parse_panoptic if kind == "panoptic" else parse_instances
+    return load_table(reader, f"{stem}.json", parse), reader, stem
+
+
+class _Coco:
+    def __init__(self, root, task, split, kind):
+        self.table, self.reader, self.stem = coco_table(root, kind, split)
+        self.problems = self.table.problems()
+        self.image_ids, self.hw, self.names = (self.table[k] for k in ("image_id", "hw", "image_name"))
+        self.images, prefix = mount(root, [f"{split}2017", f"images/{split}2017", f"images/{split}", split])
+        self.members = self.images.locate([prefix + n.decode() for n in self.names], self.problems)
+        row = {c: k for k, c in enumerate(task.vocabulary.ids)}
+        categories = self.table["category"].tolist()
+        for c in sorted(set(categories) - set(row)):
+            self.problems.append(f"{self.reader.label}!{self.stem}.json: category {c} is not in the table "
+                                 f"{task.vocabulary.name}; choose another --task, or fix this file")
+        self.row = np.array([row.get(c, -1) for c in categories], np.int16)  # (S,) class index
+
+    def labels(self):
+        """(image, class index) of every segment that is no crowd."""
+        owner = np.repeat(np.arange(len(self.names)), np.diff(self.table["start"]))
+        real = ~self.table["crowd"]
+        return owner[real], self.row[real]
+
+    def _columns(self, rows):
+        return self.row[rows], self.table["crowd"][rows], self.table["area"][rows]
+
+
+class CocoPanoptic(_Coco):
+    """Panoptic JSON beside a (nested) zip or folder of id PNGs."""
+
+    def __init__(self, root, task, split):
+        super().__init__(root, task, split, "panoptic")
+        self.pngs, prefix = self.reader, f"{self.stem}/"
+        if self.reader.find([f"{self.stem}.zip"])[0] >= 0:
+            self.pngs = self.reader.nested(f"{self.stem}.zip")
+            prefix = self.pngs.folder(self.stem.rsplit("/", 1)[-1]) or ""
+        names = self.table["png_name"]
+        self.png_members = self.pngs.locate([prefix + n.decode() for n in names if n], self.problems)
+        self._place = None  # one entry per possible id, made at first use in each process
+
+    def __getstate__(self):
+        return {**self.__dict__, "_place": None}
+
+    def target(self, i: int, crowd: bool) -> Target:
+        rows = np.arange(*self.table["start"][i:i + 2])
+        ids, where = self.table["id"][rows], self.pngs.where(self.png_members[i])
+        png = id_map(self.pngs.read(self.png_members[i]), where)  # (H, W)
+        if png.shape != tuple(self.hw[i]):
+            found, said = f"{png.shape[1]}x{png.shape[0]}", f"{self.hw[i][1]}x{self.hw[i][0]}"
+            raise ValueError(f"{where}: PNG {found}, its JSON says {said}; get the matching pair")
+        index = self._places(png, ids)  # (H, W)
+        if np.count_nonzero(index) != np.count_nonzero(png):
+            unknown = png[(index == 0) & (png > 0)][0]
+            raise ValueError(f"{where}: id {unknown} is not in its JSON; get the matching pair")
+        keep = np.ones(len(rows), bool) if crowd else ~self.table["crowd"][rows]
+        if crowd:
+            pixels = np.bincount(index.ravel(), minlength=len(rows) + 1)[1:]
+            for s in np.flatnonzero((pixels == 0) & (self.table["area"][rows] > 0)):
+                raise ValueError(f"{where}: id {ids[s]} of its JSON has no pixels; get the matching pair")
+        elif not keep.all():
+            index *= np.append(True, keep)[index]
+        t = np.flatnonzero(keep)
+        return _target(_layers(index, len(rows)), t // 255, t % 255 + 1, *self._columns(rows[keep]))
+
+    def _places(self, png, ids):
+        """Place of each pixel's id in `ids`, from 1, 0 = none: (H,W) uint8, int32 for more than 255 ids."""
+        if len(ids) > 255:
+            place = np.zeros(1 << 24, np.int32)
+            place[ids] = np.arange(1, len(ids) + 1)
+            return place.take(png)  # (H, W)
+        if self._place is None:
+            self._place = np.zeros(1 << 24, np.uint8)
+        self._place[ids] = np.arange(1, len(ids) + 1)
+        index = self._place.take(png)  # (H, W)
+        self._place[ids] = 0
+        return index
+
+
+def _layers(index, count):
+    """Map of 0 and 1..count (H,W) -> uint8 layers (L,H,W) of 255 values each."""
+    if count <= 255:
+        return index.astype(np.uint8, copy=False)[None]  # (1, H, W)
+    layer, value = np.divmod(index - 1, 255)  # (H, W); nothing (0) is in layer -1
+    return np.stack([np.where(layer == k, value + 1, 0) for k in range((count + 254) // 255)])  # (L, H, W)
+
+
+class CocoInstance(_Coco):
+    """Instance JSON with polygons or RLE; instances may overlap."""
+
+    def __init__(self, root, task, split):
+        super().__init__(root, task, split, "instances")
+
+    def target(self, i: int, crowd: bool) -> Target:
+        rows = np.arange(*self.table["start"][i:i + 2])
+        rows = rows if crowd else rows[~self.table["crowd"][rows]]
+        masks = np.zeros((len(rows), *self.hw[i]), bool)  # (T, H, W)
+        for mask, s in zip(masks, rows, strict=True):
+            mask[:] = self._mask(s, *mask.shape)
+        return Target.from_masks(masks, *self._columns(rows))
+
+    def _mask(self, s, height, width):
+        from metrics import polygons_to_mask, rle_decode
+
+        edges = self.table["number"][self.table["part"][s]:self.table["part"][s + 1] + 1]
+        numbers = self.table["numbers"][edges[0]:edges[-1]] / self.table["unit"]
+        parts = np.split(numbers, edges[1:-1] - edges[0]) if len(edges) > 1 else []
+        if self.table["is_rle"][s]:
+            return rle_decode({"size": [height, width], "counts": parts[0].astype(np.int64)})
+        return polygons_to_mask(parts, height, width)
+
+
+class LabelPairs:
+    """Pictures beside PNGs of class values: semantic segmentation, one segment for each class present."""
+
+    def __init__(self, root, task, split):
+        self.spec, self.problems = PAIRS[task.layout.replace("ade20k_panoptic", "ade20k")], []
+        folder = self.spec.splits[split == "val"]
+        self.images, prefix = mount(root, [self.spec.images.format(folder)], self.spec.archives[:1])
+        self.masks, mask_prefix = mount(root, [self.spec.masks.format(folder)], self.spec.archives[1:])
+        suffix, mask_suffix = self.spec.suffixes
+        names = self.images.under(prefix, (suffix,) if suffix else (".jpg", ".jpeg", ".png"))
+        if not names:
+            raise FileNotFoundError(f"{self.images.label}!{prefix}: no pictures; download it again")
+        self.names, self.image_ids = np.array([n.encode() for n in names]), np.arange(len(names))
+        self.members = self.images.locate([prefix + n for n in names], self.problems)
+        self.stems = [n[:-len(suffix)] if suffix else n.rsplit(".", 1)[0] for n in names]
+        masks = [mask_prefix + stem + mask_suffix for stem in self.stems]
+        self.mask_members = self.masks.locate(masks, self.problems)
+        self.slot = np.full(256, -1)  # pixel value -> class index + 1; 0 ignored; -1 unknown
+        self.slot[list(self.spec.ignored)] = 0
+        ids = np.array(task.vocabulary.ids)
+        self.slot[ids + self.spec.offset] = np.arange(1, len(ids) + 1)
+
+    def _classes(self, i):
+        """Class index + 1, 0 = ignored: uint8 (H,W)."""
+        where = self.masks.where(self.mask_members[i])
+        values = label_map(self.masks.read(self.mask_members[i]), where)  # (H, W)
+        present = np.flatnonzero(np.bincount(values.ravel(), minlength=256))
+        for value in present[self.slot[present] < 0]:
+            raise ValueError(f"{where}: value {value} is not in the class table; choose another --task")
+        return self.slot.astype(np.uint8)[values]  # (H, W)
+
+    def target(self, i: int, crowd: bool) -> Target:
+        ids = self._classes(i)  # (H, W)
+        area = np.bincount(ids.ravel(), minlength=256)[1:]
+        labels = np.flatnonzero(area)
+        zeros = np.zeros(len(labels))
+        return _target(ids[None], zeros, labels + 1, labels, zeros, area[labels])
+
+    def labels(self):
+        """(image, class index) of every segment; there is no JSON, so it reads every PNG."""
+        found = [self.target(i, False).labels.numpy() for i in range(len(self.names))]
+        return np.repeat(np.arange(len(found)), [len(one) for one in found]), np.concatenate(found)
+
+
+class AdePanoptic(LabelPairs):
+    """ADE20K panoptic: stuff from the label PNGs, things from annotations_instance (R = class, G = number).
+
+    In training things lie in a layer over the stuff; in evaluation (`crowd`) they replace it, for PQ.
+    """
+
+    def __init__(self, root, task, split):
+        super().__init__(root, task, split)
+        folder = f"annotations_instance/{self.spec.splits[split == 'val']}"
+        archives = ["annotations_instance.zip", "annotations_instance.tar"]
+        self.things, prefix = mount(root, [folder, f"{ADE}/{folder}"], archives)
+        self.thing_members = self.things.locate([f"{prefix}{s}.png" for s in self.stems], self.problems)
+        self.thing_rows = np.flatnonzero(task.vocabulary.thing)
+
+    def target(self, i: int, crowd: bool) -> Target:
+        stuff = self._classes(i)  # (H, W)
+        stuff = np.where(np.isin(np.arange(256) - 1, self.thing_rows)[stuff], 0, stuff)  # (H, W)
+        where = self.things.where(self.thing_members[i])
+        ids = id_map(self.things.read(self.thing_members[i]), where)  # (H, W)
+        if ids.shape != stuff.shape:
+            raise ValueError(f"{where}: shape {ids.shape}, label PNG {stuff.shape}; get the matching pair")
+        number = np.where(ids & 255, ids >> 8 & 255, 0)  # (H, W), 0 = no instance
+        seen = np.flatnonzero(np.bincount((number << 8 | ids & 255).ravel(), minlength=1 << 16)[256:]) + 256
+        value, label = seen >> 8, (seen & 255) - 1
+        if len(set(value)) < len(value) or label.max(initial=0) >= len(self.thing_rows):
+            raise ValueError(f"{where}: an instance of two classes, or an unknown class; download it again")
+        if crowd:
+            stuff = np.where(number > 0, 0, stuff)  # (H, W)
+        pixels = [np.bincount(m.ravel(), minlength=256) for m in (stuff, number)]
+        labels = np.flatnonzero(pixels[0][1:])
+        layer = np.repeat([0, 1], [len(labels), len(value)])
+        area = np.concatenate((pixels[0][labels + 1], pixels[1][value]))
+        return _target(np.stack([stuff, number]), layer, np.concatenate((labels + 1, value)),
+                       np.concatenate((labels, self.thing_rows[label])), np.zeros(len(layer)), area)
+
+
+SOURCES = {"coco_panoptic": CocoPanoptic, "coco_instance": CocoInstance, "ade20k_panoptic": AdePanoptic,
+           **dict.fromkeys(PAIRS, LabelPairs)}
+
+
+def open_source(root: str | Path, task: Task, split: str):
+    """The ground truth of one split; raises if a file is missing, lists smaller faults in `problems`."""
+    return SOURCES[task.layout](root, task, split)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Which task is it?
+
+
+def detect(root: str | Path) -> Task:
+    """The task whose files lie in `root`; own data in COCO's layout, or images/ masks/ classes.txt, too."""
+    if not Path(root).exists():
+        raise FileNotFoundError(f"{root}: not found; check the path")
+    task = _coco_task(root, "panoptic", "coco_panoptic") or _coco_task(root, "instances", "coco_instance")
+    if task or (task := _labels_task(root)):
+        return task
+    for name in ("ade20k_panoptic", "ade20k_semantic", "cityscapes_semantic"):
+        for split in ("val", "train"):
+            try:
+                open_source(root, TASKS[name], split)
+            except FileNotFoundError:
+                continue
+            return TASKS[name]
+    wanted = "archives of COCO, ADE20K or Cityscapes, or images/ masks/ classes.txt"
+    raise FileNotFoundError(f"{root}: no known layout; give a folder with {wanted}")
+
+
+def _coco_task(root, kind, layout):
+    """The task of a COCO JSON: a known one if its categories are, else one with its own vocabulary."""
+    for split in ("val", "train"):
+        try:
+            table, _, _ = coco_table(root, kind, split)
+        except FileNotFoundError:
+            continue
+        ids, names = table["category_id"].tolist(), [n.decode() for n in table["category_name"]]
+        for task in TASKS.values():
+            known = zip(task.vocabulary.ids, task.vocabulary.names, strict=True)
+            if task.layout == layout and sorted(zip(ids, names, strict=True)) == sorted(known):
+                return task
+        own = Vocabulary("own", names, ids, table["category_thing"].tolist())
+        return replace(TASKS[layout], name=layout.replace("coco", "own"), vocabulary=own)
+    return None
+
+
+def _labels_task(root):
+    """The task of classes.txt: line n (from 0) names pixel value n, 255 is ignored."""
+    path = Path(root) / "classes.txt"
+    if path.exists():
+        data = path.read_bytes()
+    elif Path(root).is_file() and (reader := ZipReader(root)).find(["classes.txt"])[0] >= 0:
+        data = reader.read("classes.txt")
+    else:
+        return None
+    names = [line.strip() for line in data.decode(errors="replace").splitlines() if line.strip()]
+    if not 0 < len(names) < 255:
+        raise ValueError(f"{root}!classes.txt: {len(names)} names; give 1 to 254, one a line")
+    own = Vocabulary("own", names, range(len(names)), [False] * len(names))
+    return replace(TASKS["ade20k_semantic"], name="own_semantic", layout="own_semantic", vocabulary=own)
+
+
+__all__ = ["TASKS", "UNDECODABLE", "Target", "Task", "ZipReader", "detect"]  # beside what this file defines
+
+# ----------------------------------------------------------------------------------------------------
+# Augmentation
+
+
+def oriented(picture: Image.Image, hw: tuple[int, int], where: str) -> Image.Image:
+    """The picture, RGB, as its annotation of size `hw` saw it: as stored, or upright by its EXIF tag."""
+    height, width = hw
+    if picture.size != (width, height):
+        turn = {5: 5, 6: 4, 7: 6, 8: 2}.get(picture.getexif().get(0x0112))  # EXIF orientation -> Transpose
+        if turn is None or picture.size != (height, width):
+            sizes = f"picture {picture.size[0]}x{picture.size[1]}, annotation {width}x{height}"
+            raise ValueError(f"{where}: {sizes}; get the matching pair")
+        picture = picture.transpose(turn)
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def jitter(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Random brightness, contrast, saturation, hue, each with p = 0.5; contrast before or after others."""
+    def factor(width):
+        return rng.uniform(1 - width, 1 + width) if rng.random() < 0.5 else 1.0
+
+    # widths 32/255, 0.5, 0.5, 18/360 are SSD's and upstream's
+    picture = ImageEnhance.Brightness(picture).enhance(factor(32 / 255))
+    contrast, contrast_first = factor(0.5), rng.random() < 0.5
+    if contrast_first:
+        picture = ImageEnhance.Contrast(picture).enhance(contrast)
+    picture = ImageEnhance.Color(picture).enhance(factor(0.5))
+    if rng.random() < 0.5:
+        hue, saturation, value = picture.convert("HSV").split()
+        shift = round(rng.uniform(-18, 18) / 360 * 256)
+        hue = hue.point([(level + shift) % 256 for level in range(256)])
+        picture = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+    return picture if contrast_first else ImageEnhance.Contrast(picture).enhance(contrast)
+
+
+class Window(NamedTuple):
+    """A crop to be: the picture scaled to (height, width), flipped if `flip`, cut at (top, left)."""
+
+    height: int
+    width: int
+    top: int
+    left: int
+    flip: bool
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Colour jitter, flip, scale, pad, crop to uint8 (3,size,size); drawn until a segment is left.
+
+    Scale and crop are drawn first, on the id map alone; then only the surviving window of the picture is
+    resampled. The picture is decoded in full: JPEG's draft mode would change pixels.
+    """
+
+    size: int
+    scale: tuple[float, float] = (0.1, 2.0)
+    color_jitter: bool = False
+
+    def __call__(self, picture: Image.Image, target: Target, rng: np.random.Generator):
+        """RGB picture of any size and its target -> Tensor uint8 (3,S,S) and the Target of the crop."""
+        for _ in range(10):
+            window = self.draw(picture.size[1], picture.size[0], rng)
+            ids, kept = self.cut_ids(window, target)
+            if kept.any():
+                break
+        picture = jitter(picture, rng) if self.color_jitter else picture
+        image = torch.from_numpy(self.cut_picture(window, picture))  # (3, S, S)
+        return image, replace(target, ids=torch.from_numpy(ids)).keep(kept)
+
+    def draw(self, height: int, width: int, rng: np.random.Generator) -> Window:
+        """A random window of a picture of this size."""
+        ratio = rng.uniform(*self.scale) * min(self.size / height, self.size / width)
+        tall, wide = max(1, int(height * ratio)), max(1, int(width * ratio))
+        top, left = (int(rng.integers(max(0, side - self.size) + 1)) for side in (tall, wide))
+        return Window(tall, wide, top, left, bool(rng.random() < 0.5))
+
+    def cut_ids(self, window: Window, target: Target) -> tuple[np.ndarray, np.ndarray]:
+        """Ids uint8 (L,S,S) of the crop, nearest and centre-aligned; which segments are in it, bool (T,)."""
+        source = target.ids.numpy()  # (L, H, W)
+        height, width = source.shape[1:]
+        y = np.arange(window.top, min(window.top + self.size, window.height))
+        x = np.arange(window.left, min(window.left + self.size, window.width))
+        rows = (2 * y + 1) * height // (2 * window.height)  # of the pixel under the centre, in exact integers
+        columns = (2 * x + 1) * width // (2 * window.width)
+        columns = width - 1 - columns if window.flip else columns
+        ids = np.zeros((len(source), self.size, self.size), np.uint8)  # (L, S, S)
+        ids[:, :len(y), :len(x)] = source.take(rows, 1).take(columns, 2)
+        # Pillow counts bytes three times faster than bincount
+        present = np.array([Image.fromarray(layer).histogram() for layer in ids]) > 0  # (L, 256)
+        return ids, present[target.layer.numpy(), target.value.numpy()]
+
+    def cut_picture(self, window: Window, picture: Image.Image) -> np.ndarray:
+        """The crop uint8 (3,S,S), bilinear with antialias, zero beyond the scaled picture."""
+        width, height = picture.size
+        rows, columns = min(self.size, window.height - window.top), min(self.size, window.width - window.left)
+        left = window.width - window.left - columns if window.flip else window.left
+        x, y = width / window.width, height / window.height
+        top, bottom = window.top * y, min((window.top + rows) * y, height)
+        right = min((left + columns) * x, width)
+        cut = picture.resize((columns, rows), Image.Resampling.BILINEAR, (left * x, top, right, bottom))
+        lines = np.frombuffer(cut.tobytes("raw", "RGB;L"), np.uint8).reshape(rows, 3, columns)
+        lines = lines.transpose(1, 0, 2)  # (3, rows, columns)
+        canvas = np.zeros((3, self.size, self.size), np.uint8)  # (3, S, S)
+        canvas[:, :rows, :columns] = lines[:, :, ::-1] if window.flip else lines
+        return canvas
+
+
+# ----------------------------------------------------------------------------------------------------
+# Data set
+
+
+class Sample(NamedTuple):
+    """One image: uint8 (3,H,W), its target, file name, id in the data set, faults of those it replaces."""
+
+    image: Tensor
+    target: Target
+    name: str
+    image_id: int
+    faults: Sequence[str] = ()
+
+
+def find_task(root: str | Path, task: Task | str) -> Task:
+    """A row of TASKS by name, or "auto": the one whose files lie in `root`."""
+    if isinstance(task, Task):
+        return task
+    if task not in (*TASKS, "auto"):
+        raise ValueError(f"--task {task}: unknown; choose auto, {', '.join(TASKS)}")
+    return detect(root) if task == "auto" else TASKS[task]
+
+
+def fit_task(num_classes: int, source) -> Task:
+    """The only task with so many classes, for checkpoints that do not name theirs (`source` in errors)."""
+    fits = [task for task in TASKS.values() if len(task.vocabulary.names) == num_classes]
+    if len(fits) != 1:
+        known = ", ".join(task.name for task in fits) or f"none of ours has {num_classes} classes"
+        raise ValueError(f"{source}: does not say its task; give --task ({known})")
+    return fits[0]
+
+
+class SegmentDataset(torch.utils.data.Dataset):
+    """Images of one split: augmented crops with a transform (training), else originals with crowds (eval).
+
+    `hidden` classes leave training: policy "void" drops their segments, "drop" every image with one. A member
+    that cannot be decoded is replaced by the next one and named in `faults`; evaluation raises.
+    """
+
+    def __init__(self, root: str | Path, task: Task | str, split: str, transform: Augment | None = None,
+                 hidden: Sequence[int] = (), policy: str = "void"):
+        if split not in ("train", "val") or policy not in ("void", "drop"):
+            raise ValueError(f"split {split!r}, policy {policy!r}; give train or val, void or drop")
+        self.task, self.split, self.transform = find_task(root, task), split, transform
+        self.hidden = np.array(sorted(hidden), np.int64)
+        self.source = open_source(root, self.task, split)
+        if problems := self.source.problems:
+            rest = f" (and {len(problems) - 1} more, see python data.py {root})" if len(problems) > 1 else ""
+            raise ValueError(problems[0] + rest)
+        self.index = np.arange(len(self.source.names))
+        if policy == "drop" and len(self.hidden):
+            image, label = self.source.labels()
+            self.index = np.setdiff1d(self.index, image[np.isin(label, self.hidden)])
+        if not len(self.index):
+            raise ValueError(f"{root}: no images in {split}; check its annotation file")
+
+    def __len__(self):
+        return len(self.index)
+
+    def __getitem__(self, key) -> Sample:
+        """By `index` or (epoch, index[, seed]); what is random depends on the key alone."""
+        epoch, index, seed = (*key, 0)[:3] if isinstance(key, tuple) else (0, key, 0)
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        if self.transform is None:
+            return self._load(index)
+        rng, faults = np.random.default_rng((seed, epoch, index % len(self))), []
+        for step in range(min(len(self), 50)):
+            try:
+                return self._load((index + step) % len(self), rng)._replace(faults=faults)
+            except (ValueError, OSError) as error:
+                faults.append(str(error))
+        raise ValueError(f"{faults[0]} (and the {len(faults) - 1} images after it)")
+
+    def _load(self, index, rng=None):
+        i, source = int(self.index[index]), self.source
+        where = source.images.where(source.members[i])
+        target = source.target(i, crowd=rng is None)
+        picture = open_picture(source.images.read(source.members[i]), where)
+        picture = oriented(picture, tuple(target.ids.shape[1:]), where)
+        if rng is None:
+            image = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()  # (3, H, W)
+        else:
+            target = target.keep(~np.isin(target.labels.numpy(), self.hidden))
+            image, target = self.transform(picture, target, rng)
+        return Sample(image, target, source.names[i].decode(), int(source.image_ids[i]))
+
+    def class_counts(self) -> np.ndarray:
+        """Segments of each class in this split, int64 (K,); from the cached arrays where there is a JSON."""
+        image, label = self.source.labels()
+        return np.bincount(label[np.isin(image, self.index)], minlength=len(self.task.vocabulary.ids))
+
+
+# ----------------------------------------------------------------------------------------------------
+# Batches
+
+
+@dataclass
+class Batch:
+    """Images uint8 (B,3,S,S), B targets and names, and the faults met on the way."""
+
+    images: Tensor
+    targets: list[Target]
+    names: list[str]
+    faults: list[str]
+
+
+class Packed(NamedTuple):
+    """Samples in two tensors: each that leaves a worker costs a file descriptor, often of only 1024."""
+
+    pixels: Tensor  # uint8 (bytes,) every image, then every id map
+    numbers: Tensor  # float64 (T_all, 5): layer, value, label, crowd, area
+    shapes: list  # image shapes, then id map shapes
+    counts: list  # T of each sample
+    rest: list  # (name, image_id, faults) of each sample
+
+
+def pack(samples: Sequence[Sample]) -> Packed:
+    """Samples -> the form that travels from a worker."""
+    targets = [s.target for s in samples]
+    maps = [s.image for s in samples] + [t.ids for t in targets]
+    columns = [(t.layer, t.value, t.labels, t.crowd, t.area) for t in targets]
+    rows = [torch.stack([column.double() for column in five], 1) for five in columns]
+    return Packed(torch.cat([m.flatten() for m in maps]), torch.cat(rows), [tuple(m.shape) for m in maps],
+                  [len(t.labels) for t in targets], [(s.name, s.image_id, s.faults) for s in samples])
+
+
+def unpack(packed: Packed) -> list[Sample]:
+    """The samples back; pixels are views."""
+    flat = packed.pixels.split([math.prod(shape) for shape in packed.shapes])
+    maps = [part.view(*shape) for part, shape in zip(flat, packed.shapes, strict=True)]
+    samples = []
+    for k, rows in enumerate(packed.numbers.split(packed.counts)):
+        layer, value, labels = rows[:, :3].long().unbind(1)
+        target = Target(maps[len(packed.counts) + k], layer, value, labels, rows[:, 3].bool(), rows[:, 4])
+        samples.append(Sample(maps[k], target, *packed.rest[k]))
+    return samples
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Samples of one size -> a batch."""
+    return _batch(pack(samples))
+
+
+def _batch(packed):
+    samples, shape = unpack(packed), packed.shapes[0]
+    images = packed.pixels[:len(samples) * math.prod(shape)].view(-1, *shape)  # (B, 3, S, S)
+    faults = [fault for s in samples for fault in s.faults]
+    return Batch(images, [s.target for s in samples], [s.name for s in samples], faults)
+
+
+def positions(n: int, batch_size: int, seed: int, step: int) -> list[tuple[int, int, int]]:
+    """Keys (epoch, index, seed) of one global step; every epoch is a permutation f(seed, epoch).
+
+    The remainder of an epoch is dropped if n >= batch_size; smaller sets run on through their permutations.
+    """
+    def order(epoch):
+        return np.random.default_rng((seed, epoch)).permutation(n)
+
+    if n >= batch_size:
+        epoch, at = divmod(step, n // batch_size)
+        return [(epoch, int(i), seed) for i in order(epoch)[at * batch_size:(at + 1) * batch_size]]
+    places = [divmod(p, n) for p in range(step * batch_size, (step + 1) * batch_size)]
+    return [(epoch, int(order(epoch)[at]), seed) for epoch, at in places]
+
+
+def _alive(batches):
+    """The batches of a DataLoader; what goes wrong in its workers ends in one line."""
+    if not batches.num_workers:
+        yield from batches
+        return
+    try:
+        yield from batches
+    except (ValueError, RuntimeError, OSError, EOFError) as error:
+        text = str(error).strip() or type(error).__name__
+        if "in DataLoader worker process" in text:  # the data set's own error, with a traceback before it
+            raise ValueError(text.splitlines()[-1].split("Error: ", 1)[-1]) from None
+        try:  # torch's signal handler also raises: let it do so here, not amid the caller's clean-up
+            time.sleep(1)
+        except RuntimeError as signalled:
+            text = str(signalled)
+        reason = text.splitlines()[0].strip()
+        raise RuntimeError(f"a data worker died ({reason}); use fewer --workers, or more memory") from None
+
+
+def loader(dataset: SegmentDataset, batch_size: int, steps: int, seed: int = 0, start_step: int = 0,
+           rank: int = 0, world: int = 1, device_batch: int | None = None, workers: int = 0,
+           context: str | None = None, pin: bool = False) -> Iterator[Batch]:
+    """Micro-batches of `rank` for the global steps start_step..steps-1, in order.
+
+    `batch_size` counts all ranks and micro-batches: micro-batch m of rank r takes the device_batch positions
+    from (m * world + r) * device_batch of its step, so neither split nor workers change what a step sees.
+    """
+    device_batch = device_batch or max(1, batch_size // world)
+    if batch_size % (world * device_batch):
+        need = f"a multiple of {world} ranks x {device_batch} (--device-batch-size)"
+        raise ValueError(f"--batch-size {batch_size}: cannot be split; make it {need}")
+
+    def keys():
+        for step in range(start_step, steps):
+            every = positions(len(dataset), batch_size, seed, step)
+            for first in range(rank * device_batch, batch_size, world * device_batch):
+                yield every[first:first + device_batch]
+
+    batches = torch.utils.data.DataLoader(
+        dataset, batch_sampler=keys(), collate_fn=pack, num_workers=workers, pin_memory=pin,
+        multiprocessing_context=context if workers else None)
+    return map(_batch, _alive(batches))
+
+
+def eval_loader(dataset: SegmentDataset, rank: int = 0, world: int = 1, workers: int = 0,
+                batch_size: int = 1, limit: int | None = None) -> Iterator[list[Sample]]:
+    """Lists of up to `batch_size` samples, each of its own size: images rank, rank + world, and on."""
+    mine = torch.utils.data.Subset(dataset, range(len(dataset))[:limit][rank::world])
+    batches = torch.utils.data.DataLoader(mine, batch_size, collate_fn=pack, num_workers=workers)
+    return map(unpack, _alive(batches))
+
+
+# ----------------------------------------------------------------------------------------------------
+# The procedural world: things (colour x shape) over stuff (ground x pattern), written as official COCO zips
+
+COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 80, 230), "yellow": (235, 220, 50),
+           "white": (245, 245, 245), "gray": (105, 105, 105), "brown": (125, 80, 35), "teal": (20, 110, 110)}
+
+
+def _outline(shape, radius, angle):
+    """Corners (P,2) of a thing around the origin."""
+    if shape in ("disc", "ring"):
+        turn = np.arange(24) * 2 * np.pi / 24
+        return radius * np.stack([np.cos(turn), np.sin(turn)], 1)  # (24, 2)
+    if shape == "cross":  # an x: one arm, turned four times
+        arm, angle = np.array([(1.0, 1), (1, 3.5), (-1, 3.5)]) / 3, angle + np.pi / 4
+        quarter = np.array([[0, 1], [-1, 0]])
+        corners = np.concatenate([arm @ np.linalg.matrix_power(quarter, k) for k in range(4)])  # (12, 2)
+    else:
+        wide, tall = (1.3, 0.45) if shape == "bar" else (0.45, 1.3)
+        corners = np.array([(wide, tall), (-wide, tall), (-wide, -tall), (wide, -tall)])  # (4, 2)
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    return radius * corners @ turn  # (P, 2)
+
+
+def _dark(pattern, x, y):
+    """Where a stuff pattern is dark: bool (H,W)."""
+    if pattern == "stripes":
+        return x % 6 < 3
+    if pattern == "dots":
+        return (x % 6 - 2.5) ** 2 + (y % 6 - 2.5) ** 2 < 3.5
+    return (y % 6 == 0) | ((x + y // 6 * 4) % 8 == 0)  # bricks
+
+
+def _thing_mask(shape, size, scale, rng):
+    """Bool (H,W) of one thing near a grid of 8 pixels, where a small model finds it easily."""
+    corners = _outline(shape, scale * rng.uniform(11, 13), rng.uniform(-0.1, 0.1))
+    at = 8 * rng.integers(1, size // 8, 2) + rng.uniform(-1, 1, 2)
+    mask = Image.new("L", (size, size))
+    draw = ImageDraw.Draw(mask)
+    draw.polygon([tuple(p) for p in corners + at], fill=1)
+    if shape == "ring":
+        draw.polygon([tuple(p) for p in 0.5 * corners + at], fill=0)
+    return np.asarray(mask) > 0
+
+
+def draw_scene(rng: np.random.Generator, vocabulary: Vocabulary, allowed: Sequence[int], size: int = 64):
+    """Image uint8 (H,W,3), map (H,W) of 0 = void and 1.. = segments, (class, crowd) of each segment.
+
+    Two stuff halves or one, one to four things, now and then a crowd of four small ones; slivers become void.
+    """
+    stuff, things = ([k for k in allowed if vocabulary.thing[k] == flag] for flag in (False, True))
+    y, x = np.mgrid[:size, :size]
+    angle, offset = rng.uniform(0, 2 * np.pi), rng.uniform(-0.22, 0.22) * size
+    far = ((x - size / 2) * np.cos(angle) + (y - size / 2) * np.sin(angle) > offset) & (rng.random() > 0.4)
+    index, image, segments = 1 + far.astype(np.int64), np.zeros((size, size, 3)), []  # (H, W), (H, W, 3)
+    for k in rng.choice(stuff, 2, replace=False):
+        colour, pattern = vocabulary.names[k].split()
+        u, v = (x + rng.integers(8), y + rng.integers(8))[::rng.choice((1, -1))]
+        shade = np.where(_dark(pattern, u, v), 0.45, 1.1)[..., None]  # (H, W, 1)
+        segments.append((int(k), 0))
+        image = np.where((index == len(segments))[..., None], np.array(COLOURS[colour]) * shade, image)
+    for _ in range(rng.integers(1, 5)):
+        k, crowd = int(rng.choice(things)), int(rng.random() < 0.02)
+        colour, shape = vocabulary.names[k].split()
+        masks = [_thing_mask(shape, size, 0.5 if crowd else 1.0, rng) for _ in range(4 if crowd else 1)]
+        mask = np.logical_or.reduce(masks)  # (H, W)
+        segments.append((k, crowd))
+        image[mask] = np.array(COLOURS[colour]) * rng.uniform(0.8, 1.05)
+        index[mask] = len(segments)
+    image = np.clip(image + rng.normal(0, 8, image.shape), 0, 255).astype(np.uint8)
+    pixels = np.bincount(index.ravel(), minlength=len(segments) + 1)
+    sliver = pixels < np.array([0, 60, 60] + [30] * (len(segments) - 2))
+    return image, np.where(sliver[index], 0, index), segments
+
+
+def _annotate(index, segments, vocabulary, image_id, rng):
+    """Panoptic ids uint8 (H,W,3), their segments_info, and the instance annotations (RLE) of the things."""
+    ids = np.concatenate(([0], rng.choice(4096, len(segments), replace=False) << 12 | 1))  # uses all 3 bytes
+    infos, instances = [], []
+    for t, (k, crowd) in enumerate(segments, 1):
+        mask = index == t  # (H, W)
+        if not mask.any():
+            continue
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        box = [int(columns[0]), int(rows[0]), int(np.ptp(columns)) + 1, int(np.ptp(rows)) + 1]
+        infos.append({"id": int(ids[t]), "category_id": vocabulary.ids[k], "iscrowd": crowd,
+                      "area": int(mask.sum()), "bbox": box})
+        if vocabulary.thing[k]:
+            flat = mask.T.ravel()
+            ends = np.flatnonzero(np.diff(flat, prepend=False, append=not flat[-1]))
+            outline = {"size": list(mask.shape), "counts": np.diff(ends, prepend=0).tolist()}
+            instances.append({**infos[-1], "id": image_id * 100 + t, "image_id": image_id,
+                              "segmentation": outline})
+    rgb = np.stack([ids[index] >> shift & 255 for shift in (0, 8, 16)], -1).astype(np.uint8)  # (H, W, 3)
+    return rgb, infos, instances
+
+
+def _encode(image, kind, **options):
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, kind, **options)
+    return file.getvalue()
+
+
+def _write_split(root, split, count, vocabulary, allowed, rng, size):
+    """Write one split's image zip; return its zip of panoptic PNGs (bytes), panoptic and instance JSON."""
+    images, panoptic, instances, nested = [], [], [], io.BytesIO()
+    with zipfile.ZipFile(root / f"{split}2017.zip", "w") as photos, zipfile.ZipFile(nested, "w") as pngs:
+        for n in range(1, count + 1):
+            image, index, segments = draw_scene(rng, vocabulary, allowed, size)
+            rgb, infos, things = _annotate(index, segments, vocabulary, n, rng)
+            # full colour resolution: hue tells the classes apart
+            photos.writestr(f"{split}2017/{n:012}.jpg", _encode(image, "JPEG", quality=95, subsampling=0))
+            pngs.writestr(f"panoptic_{split}2017/{n:012}.png", _encode(rgb, "PNG", compress_level=1))
+            images.append({"id": n, "file_name": f"{n:012}.jpg", "height": size, "width": size})
+            panoptic.append({"image_id": n, "file_name": f"{n:012}.png", "segments_info": infos})
+            instances += things
+    rows = zip(vocabulary.ids, vocabulary.names, vocabulary.thing, strict=True)
+    categories = [{"id": i, "name": name, "isthing": int(thing)} for i, name, thing in rows]
+    common = {"images": images, "categories": categories}
+    return nested.getvalue(), {**common, "annotations": panoptic}, {**common, "annotations": instances}
+
+
+def write_shapes(root: str | Path, vocabulary: Vocabulary, train: int = 2000, val: int = 200, seed: int = 0,
+                 train_classes: Sequence[int] | None = None, size: int = 64) -> None:
+    """Write the world's four official zips into `root`; training images show only `train_classes`, if given.
+
+    Names in `vocabulary` are a colour and a shape or pattern: "red disc", "gray stripes".
+    """
+    root, every = Path(root), range(len(vocabulary.names))
+    root.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(root / "panoptic_annotations_trainval2017.zip", "w") as panoptic_zip, \
+            zipfile.ZipFile(root / "annotations_trainval2017.zip", "w", zipfile.ZIP_DEFLATED) as instance_zip:
+        for number, (split, count) in enumerate((("train", train), ("val", val))):
+            allowed = every if split == "val" or train_classes is None else train_classes
+            rng = np.random.default_rng((seed, number))
+            pngs, panoptic, instances = _write_split(root, split, count, vocabulary, allowed, rng, size)
+            panoptic_zip.writestr(f"annotations/panoptic_{split}2017.zip", pngs)
+            panoptic_zip.writestr(f"annotations/panoptic_{split}2017.json", json.dumps(panoptic))
+            instance_zip.writestr(f"annotations/instances_{split}2017.json", json.dumps(instances))
+
+
+# ----------------------------------------------------------------------------------------------------
+# The check of a data folder
+
+
+def check(root: str | Path, task: Task | str = "auto", split: str = "val", decode: bool = False) -> list[str]:
+    """Everything wrong with one split, one line each; `decode` also reads every picture and mask."""
+    try:
+        task = find_task(root, task)
+        problems = open_source(root, task, split).problems
+        if problems or not decode:
+            return problems
+        dataset = SegmentDataset(root, task, split)
+    except (ValueError, OSError) as error:
+        return [str(error)]
+    for index in range(len(dataset)):
+        try:
+            dataset[index]
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+    return problems
+
+
+def write_ids(ids: np.ndarray, path: str | Path) -> None:
+    """Integer ids (H,W) -> RGB PNG with id = R + 256 G + 65536 B, COCO's panoptic form."""
+    channels = np.stack([ids & 255, ids >> 8 & 255, ids >> 16 & 255], -1).astype(np.uint8)  # (H, W, 3)
+    Image.fromarray(channels).save(path)
+
+
+def grid(dataset: SegmentDataset, count: int = 8, height: int = 200) -> Image.Image:
+    """The first images, each beside its segments in random colours, two pairs a row."""
+    tiles = []
+    for index in range(min(count, len(dataset))):
+        sample = dataset[index]
+        painted = photo = sample.image.permute(1, 2, 0).numpy()  # (H, W, 3)
+        for number, ids in enumerate(sample.target.ids.numpy()):
+            colours = np.random.default_rng(number).integers(40, 256, (256, 3))  # (256, 3)
+            painted = np.where(ids[..., None] > 0, 0.4 * painted + 0.6 * colours[ids], painted)  # (H, W, 3)
+        pair = Image.fromarray(np.concatenate([photo, painted.astype(np.uint8)], 1))
+        tiles.append(pair.resize((max(1, pair.width * height // pair.height), height)))
+    width = max(tile.width for tile in tiles)
+    page = Image.new("RGB", (2 * width, (len(tiles) + 1) // 2 * height))
+    for number, tile in enumerate(tiles):
+        page.paste(tile, (number % 2 * width, number // 2 * height))
+    return page
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Check a data folder, draw some of it.", allow_abbrev=False)
+    parser.add_argument("path", help="folder (or zip) that holds the data")
+    parser.add_argument("--task", default="auto", help=f"auto, {', '.join(TASKS)}")
+    parser.add_argument("--split", default="train,val", help="splits to check, with a comma")
+    parser.add_argument("--decode", action="store_true", help="also decode every image and mask")
+    parser.add_argument("--out", default="data_check.png", help="picture to write")
+    args = parser.parse_args(argv)
+    try:
+        task = find_task(args.path, args.task)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{args.path}: {task.name}, {task.kind}, {len(task.vocabulary.names)} classes")
+    page, wrong = None, 0
+    for split in args.split.split(","):
+        problems = check(args.path, task, split, args.decode)
+        wrong += len(problems)
+        for line in problems:
+            print(f"error: {line}", file=sys.stderr)
+        if not problems:
+            dataset = SegmentDataset(args.path, task, split)
+            print(f"{split}: {len(dataset)} images" + (", all decoded" if args.decode else ", not decoded"))
+            page = page or grid(dataset)
+    if page:
+        page.save(args.out)
+        print(f"wrote {args.out}")
+    return min(wrong, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

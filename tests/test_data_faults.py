@@ -1,0 +1,532 @@
+"""The fault table of the data: what is said, in which form, and who goes on; made in a small real COCO."""
+
+# SPDX-License-Identifier: MIT
+import io
+import json
+import re
+import shutil
+import struct
+import warnings
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import vocab
+from data import Augment, FolderReader, SegmentDataset, ZipReader
+
+LINE = re.compile(r"^[^!\n]+(![^\n]+?)?: [^\n]+; [^\n]+$")  # <file>!<member>: <what is wrong>; <what to do>
+PANOPTIC = "panoptic_annotations_trainval2017.zip"
+JSON, PNGS = "annotations/panoptic_{}2017.json", "annotations/panoptic_{}2017.zip"
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory):
+    root = tmp_path_factory.mktemp("clean")
+    data.write_shapes(root, vocab.SHAPES, 5, 3, seed=0)
+    return root
+
+
+@pytest.fixture
+def root(clean, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return shutil.copytree(clean, tmp_path / "coco")
+
+
+def edit(path, changes, compression=zipfile.ZIP_STORED):
+    """Pack a zip again; `changes` maps a member to new bytes, a function of the old ones, or None (drop)."""
+    with zipfile.ZipFile(path) as file:
+        members = {name: file.read(name) for name in file.namelist()}
+    for name, change in changes.items():
+        members[name] = change(members[name]) if callable(change) else change
+    target = io.BytesIO() if isinstance(path, io.BytesIO) else path
+    with zipfile.ZipFile(target, "w", compression) as file:
+        for name, content in members.items():
+            if content is not None:
+                file.writestr(name, content)
+    return target
+
+
+def edit_json(root, split, change):
+    def apply(content):
+        table = json.loads(content)
+        change(table)
+        return json.dumps(table).encode()
+
+    edit(root / PANOPTIC, {JSON.format(split): apply})
+
+
+def edit_png(root, split, number, change):
+    """Change the bytes of one panoptic PNG inside its nested zip."""
+    name = f"panoptic_{split}2017/{number:012}.png"
+    edit(root / PANOPTIC, {PNGS.format(split): lambda old: edit(io.BytesIO(old), {name: change}).getvalue()})
+
+
+def encode(array, mode=None):
+    file = io.BytesIO()
+    Image.fromarray(array, mode).save(file, "PNG")
+    return file.getvalue()
+
+
+def rgb(content):
+    return np.array(Image.open(io.BytesIO(content)))
+
+
+def flip_crc(path, member):
+    """Change one byte of a stored member, so that its checksum is wrong."""
+    with zipfile.ZipFile(path) as file:
+        info = file.getinfo(member)
+    raw = bytearray(path.read_bytes())
+    raw[info.header_offset + 30 + len(member) + info.compress_size // 2] ^= 0xFF
+    path.write_bytes(raw)
+
+
+def set_field(path, member, value, local, central):
+    """Set a 16-bit field of a member in its local header and in the directory."""
+    raw = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as file:
+        at = file.getinfo(member).header_offset
+    raw[at + local : at + local + 2] = struct.pack("<H", value)
+    at = raw.index(b"PK\1\2")
+    while raw[at + 46 : at + 46 + len(member)] != member.encode():
+        at = raw.index(b"PK\1\2", at + 1)
+    raw[at + central : at + central + 2] = struct.pack("<H", value)
+    path.write_bytes(raw)
+
+
+def error_of(work, *words):
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        work()
+    text = str(caught.value)
+    assert LINE.match(text), text
+    for word in words:
+        assert word in text, text
+    return text
+
+
+# ----------------------------------------------------------------------------------------------------
+# Archives
+
+
+@pytest.mark.parametrize(
+    "content,word",
+    [
+        (b"", "0 bytes, empty"),
+        (b"<!DOCTYPE html><html>quota exceeded</html>", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs pointer"),
+        (b"PK\3\4" + b"x" * 500, "a cut or damaged zip"),
+        (b"\x1f\x8b" + b"x" * 500, "not a zip"),
+        (None, "not found"),
+    ],
+)
+def test_what_is_not_a_zip(root, content, word):
+    path = root / "val2017.zip"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+        error_of(lambda: SegmentDataset(root, "shapes", "val"), f"{path}: ", word, "download it again")
+        assert data.check(root, "shapes", "val") == [error_of(lambda: ZipReader(path))]
+    error_of(lambda: ZipReader(path), str(path), word)
+    if content is None:
+        error_of(lambda: SegmentDataset(root, "shapes", "val"), str(root), "val2017")
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.9, 0.999])
+def test_cut_zip(root, keep):
+    path = root / "train2017.zip"
+    raw = path.read_bytes()
+    path.write_bytes(raw[: int(len(raw) * keep)])
+    error_of(lambda: SegmentDataset(root, "shapes", "train"), f"{path}: ", "a cut or damaged zip")
+
+
+def test_zip_that_lost_its_beginning(root):
+    path = root / "val2017.zip"
+    path.write_bytes(path.read_bytes()[500:])
+    error_of(lambda: [s for s in SegmentDataset(root, "shapes", "val")], str(path))
+
+
+def test_damaged_nested_zip(root):
+    edit(root / PANOPTIC, {}, zipfile.ZIP_DEFLATED)
+    raw = bytearray((root / PANOPTIC).read_bytes())
+    with zipfile.ZipFile(root / PANOPTIC) as file:
+        info = file.getinfo(PNGS.format("val"))
+    middle = info.header_offset + 60 + info.compress_size // 2
+    raw[middle : middle + 50] = bytes(50)
+    (root / PANOPTIC).write_bytes(raw)
+    error_of(lambda: SegmentDataset(root, "shapes", "val"), PNGS.format("val"), "damaged")
+    assert [p.suffix for p in data.cache_dir().iterdir()] == [".npz"]  # no half zip, no temporary file
+
+
+@pytest.mark.parametrize("content", [b"", b"nothing", b"\x1f\x8b\x08" + b"z" * 600])
+def test_what_is_not_a_tar(tmp_path, content):
+    path = tmp_path / "annotations_instance.tar"
+    path.write_bytes(content)
+    error_of(lambda: ZipReader(path), str(path))
+
+
+def test_bombs_are_refused_by_their_size(tmp_path, monkeypatch):
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("big", bytes(3 << 20))
+    error_of(lambda: ZipReader(path).read("big", limit=1 << 20), f"{path}!big", "3145728 bytes")
+    raw = path.read_bytes()  # a directory that lies about the size: no more than it says is ever unpacked
+    path.write_bytes(raw.replace(struct.pack("<I", 3 << 20), struct.pack("<I", 1000)))
+    error_of(lambda: ZipReader(path).read("big", limit=1 << 20), f"{path}!big", "1001 of 1000 bytes")
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "big").write_bytes(bytes(5000))
+    error_of(lambda: FolderReader(tmp_path / "f").read("big", limit=4000), "!big", "over 4000 bytes")
+    error_of(lambda: FolderReader(tmp_path / "f").read("../x"), "!../x", "missing")
+
+
+def test_picture_bomb(tmp_path):
+    def chunk(kind, body):
+        import zlib
+
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        error_of(
+            lambda: data.open_picture(bomb, "a.zip!b.png"),
+            "a.zip!b.png: cannot be decoded",
+            "3600000000 pixels",
+        )
+
+
+# ----------------------------------------------------------------------------------------------------
+# Start: what shows without decoding
+
+
+def rename(old, new):
+    def change(path):
+        with zipfile.ZipFile(path) as file:
+            content = file.read(old)
+        edit(path, {old: None, new: content})
+
+    return change
+
+
+def test_image_missing_or_named_in_another_case(root):
+    member = "val2017/000000000002.jpg"
+    edit(root / "val2017.zip", {member: None})
+    text = error_of(
+        lambda: SegmentDataset(root, "shapes", "val"), f"{root / 'val2017.zip'}!{member}: missing; "
+    )
+    assert data.check(root, "shapes", "val") == [text]
+    edit(root / "val2017.zip", {"val2017/000000000002.JPG": b"", "val2017/000000000003.jpg": None})
+    text = error_of(
+        lambda: SegmentDataset(root, "shapes", "val"),
+        f"!{member}: case differs, there is {member[:-3]}JPG; ",
+        "(and 1 more",
+    )
+    assert len(data.check(root, "shapes", "val")) == 2
+
+
+def test_panoptic_png_missing(root):
+    edit_png(root, "val", 2, None)
+    where = f"{root / PANOPTIC}!{PNGS.format('val')}!panoptic_val2017/000000000002.png"
+    error_of(lambda: SegmentDataset(root, "shapes", "val"), f"{where}: missing; ")
+
+
+def test_annotation_file_missing(root):
+    edit(root / PANOPTIC, {JSON.format("val"): None})
+    error_of(
+        lambda: SegmentDataset(root, "shapes", "val"), f"{root / PANOPTIC}!{JSON.format('val')}: missing; "
+    )
+    (root / PANOPTIC).unlink()
+    error_of(lambda: SegmentDataset(root, "shapes", "val"), str(root), PANOPTIC)
+    error_of(lambda: data.detect(root / "nowhere"), "not found")
+
+
+def test_member_there_twice(root):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with zipfile.ZipFile(root / "val2017.zip", "a") as file:
+            file.writestr("val2017/000000000003.jpg", b"second")
+    error_of(
+        lambda: SegmentDataset(root, "shapes", "val"), "!val2017/000000000003.jpg: there more than once; "
+    )
+
+
+def change_images(table):
+    table["images"][1]["id"] = table["images"][0]["id"]
+
+
+def change_unknown(table):
+    table["annotations"][0]["image_id"] = 99
+
+
+def change_twice(table):
+    table["annotations"].append(table["annotations"][0])
+
+
+def change_none(table):
+    del table["annotations"][1]
+
+
+def change_category(table):
+    table["annotations"][0]["segments_info"][0]["category_id"] = 77
+
+
+def change_zero(table):
+    table["annotations"][0]["segments_info"][0]["id"] = 0
+
+
+def change_same_id(table):
+    infos = table["annotations"][0]["segments_info"]
+    infos[1]["id"] = infos[0]["id"]
+
+
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        (change_images, ("image id 1 twice",)),
+        (change_unknown, ("image id 99 is not in images",)),
+        (change_twice, ("image id 1 is annotated twice",)),
+        (change_none, ("image id 2 has no annotation",)),
+        (change_category, ("category 77 is not in the table shapes",)),
+        (change_zero, ("segment id 0 in image id 1",)),
+        (change_same_id, ("twice in image id 1",)),
+    ],
+)
+def test_faults_of_the_annotation_file(root, change, words):
+    edit_json(root, "val", change)
+    where = f"{root / PANOPTIC}!{JSON.format('val')}: "
+    problems = data.check(root, "shapes", "val")
+    assert all(LINE.match(line) for line in problems)
+    assert any(line.startswith(where) and all(w in line for w in words) for line in problems), problems
+    text = error_of(lambda: SegmentDataset(root, "shapes", "val"), where)
+    assert text.startswith(problems[0])
+    assert data.check(root, "shapes", "train") == []
+    assert data.check(root, "shapes", "val") == problems  # again, from the cache
+
+
+@pytest.mark.parametrize(
+    "content,word",
+    [
+        (b"{", "1 bytes"),
+        (b"\xff\xfe", "2 bytes"),
+        (b"[" * 200_000, "recursion"),
+        (b"{}", "COCO"),
+        (b"[1]", "COCO"),
+        (b'{"images": 3}', "COCO"),
+    ],
+)
+def test_json_that_is_none(root, content, word):
+    edit(root / PANOPTIC, {JSON.format("val"): content})
+    error_of(lambda: SegmentDataset(root, "shapes", "val"), f"!{JSON.format('val')}: ", word)
+
+
+def test_unknown_task_split_and_layout(root, tmp_path):
+    error_of(lambda: SegmentDataset(root, "coco", "val"), "--task coco: unknown")
+    with pytest.raises(ValueError, match="train or val"):
+        SegmentDataset(root, "shapes", "test")
+    (tmp_path / "empty").mkdir()
+    error_of(lambda: data.detect(tmp_path / "empty"), "no known layout")
+    error_of(lambda: SegmentDataset(tmp_path / "empty", "cityscapes_semantic", "val"), "leftImg8bit")
+
+
+# ----------------------------------------------------------------------------------------------------
+# Members that cannot be decoded: evaluation stops, training goes on with the next image
+
+BROKEN = {
+    "empty": (lambda old: b"", "0 bytes, not a picture"),
+    "garbage": (lambda old: bytes(range(256)), "not a picture"),
+    "cut": (lambda old: old[: len(old) // 2], "cannot be decoded"),
+    "16 bits": (lambda old: encode(np.zeros((64, 64), np.uint16)), "more than 8 bits"),
+    "float": (lambda old: tiff(np.zeros((64, 64), np.float32)), "more than 8 bits"),
+    "other size": (lambda old: encode(np.zeros((64, 65, 3), np.uint8)), "picture 65x64, annotation 64x64"),
+}
+BROKEN_PNG = {
+    "empty": (lambda old: b"", "not a picture"),
+    "cut": (lambda old: old[: len(old) // 2], "cannot be decoded"),
+    "grey": (lambda old: encode(np.zeros((64, 64), np.uint8)), "mode L, wanted RGB"),
+    "palette": (lambda old: palette(), "mode P, wanted RGB"),
+    "16 bits": (lambda old: encode(np.zeros((64, 64), np.uint16)), "more than 8 bits"),
+    "other size": (lambda old: encode(np.zeros((32, 64, 3), np.uint8)), "PNG 64x32, its JSON says 64x64"),
+    "unknown id": (lambda old: encode(np.full((64, 64, 3), 9, np.uint8)), "id 592137 is not in its JSON"),
+}
+
+
+def tiff(array):
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, "TIFF")
+    return file.getvalue()
+
+
+def palette():
+    file = io.BytesIO()
+    Image.new("P", (64, 64)).save(file, "PNG")
+    return file.getvalue()
+
+
+def goes_on(root, member, word):
+    """Training replaces the image by the next one, always the same, and says so; evaluation raises."""
+    dataset = SegmentDataset(root, "shapes", "train", Augment(64, (1, 1)))
+    sample, again = dataset[0, 1], dataset[0, 1]
+    assert sample.name == "000000000003.jpg" and len(sample.faults) == 1
+    assert LINE.match(sample.faults[0]) and member in sample.faults[0] and word in sample.faults[0], (
+        sample.faults
+    )
+    assert torch.equal(sample.image, again.image) and list(sample.faults) == list(again.faults)
+    assert dataset[0, 0].faults == [] or not dataset[0, 0].faults
+    batch = data.collate([dataset[0, i] for i in range(5)])
+    assert len(batch.faults) == 1 and len(batch.names) == 5
+    error_of(lambda: SegmentDataset(root, "shapes", "train")[1], member, word)
+    assert len(SegmentDataset(root, "shapes", "train")[0].name)
+    problems = data.check(root, "shapes", "train", decode=True)
+    assert len(problems) == 1 and member in problems[0] and data.check(root, "shapes", "train") == []
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_undecodable_image(root, kind):
+    change, word = BROKEN[kind]
+    member = "train2017/000000000002.jpg"
+    edit(root / "train2017.zip", {member: change})
+    goes_on(root, f"{root / 'train2017.zip'}!{member}: ", word)
+
+
+@pytest.mark.parametrize("kind", BROKEN_PNG)
+def test_undecodable_panoptic_png(root, kind):
+    change, word = BROKEN_PNG[kind]
+    edit_png(root, "train", 2, change)
+    goes_on(root, f"{PNGS.format('train')}!panoptic_train2017/000000000002.png: ", word)
+
+
+@pytest.mark.parametrize(
+    "kind,word",
+    [
+        ("crc", "wrong CRC"),
+        ("encrypted", "encrypted"),
+        ("deflate64", "Deflate64"),
+        ("bzip2", "compression method 12"),
+    ],
+)
+def test_unreadable_members(root, kind, word):
+    path, member = root / "train2017.zip", "train2017/000000000002.jpg"
+    if kind == "crc":
+        flip_crc(path, member)
+    elif kind == "encrypted":
+        set_field(path, member, 1, 6, 8)
+    else:
+        set_field(path, member, {"deflate64": 9, "bzip2": 12}[kind], 8, 10)
+    goes_on(root, f"{path}!{member}: ", word)
+
+
+def test_segment_of_the_json_without_pixels(root):
+    def erase(content):
+        array = rgb(content)
+        array[(array == array[32, 32]).all(-1)] = 0
+        return encode(array)
+
+    edit_png(root, "val", 2, erase)
+    dataset = SegmentDataset(root, "shapes", "val")
+    error_of(lambda: dataset[1], "panoptic_val2017/000000000002.png: id ", " of its JSON has no pixels; ")
+    edit_json(root, "val", lambda t: [s.update(area=0) for a in t["annotations"] for s in a["segments_info"]])
+    sample = SegmentDataset(root, "shapes", "val")[1]  # an area of 0 says it itself, and the image counts
+    assert (sample.target.masks().flatten(1).sum(1) == 0).sum() == 1
+
+
+def test_training_gives_up_when_nothing_can_be_decoded(root):
+    names = [f"train2017/{n:012}.jpg" for n in range(1, 6)]
+    edit(root / "train2017.zip", dict.fromkeys(names, b"x"))
+    dataset = SegmentDataset(root, "shapes", "train", Augment(64))
+    with pytest.raises(ValueError, match="and the 4 images after it"):
+        dataset[0, 2]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_never_skips(root, workers):
+    member = "val2017/000000000002.jpg"
+    edit(root / "val2017.zip", {member: b"x"})
+    dataset, seen = SegmentDataset(root, "shapes", "val"), []
+    text = error_of(
+        lambda: [seen.extend(s.name for s in part) for part in data.eval_loader(dataset, workers=workers)],
+        f"{root / 'val2017.zip'}!{member}: 1 bytes, not a picture; ",
+    )
+    assert "Traceback" not in text and seen == ["000000000001.jpg"]
+
+
+def test_faults_pass_through_workers(root):
+    edit(root / "train2017.zip", {"train2017/000000000002.jpg": b"x"})
+    dataset = SegmentDataset(root, "shapes", "train", Augment(64))
+    plain = list(data.loader(dataset, 5, 2))
+    forked = list(data.loader(dataset, 5, 2, workers=1, context="fork"))
+    assert [b.faults for b in plain] == [b.faults for b in forked] and all(len(b.faults) == 1 for b in plain)
+    assert all(torch.equal(a.images, b.images) for a, b in zip(plain, forked, strict=True))
+
+
+def test_check_command_names_every_fault(root, capsys):
+    edit(root / "val2017.zip", {"val2017/000000000002.jpg": b"x", "val2017/000000000003.jpg": b"y"})
+    assert data.main([str(root), "--decode", "--split", "val", "--out", str(root / "g.png")]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(
+        line.startswith(f"error: {root / 'val2017.zip'}!val2017/") for line in lines
+    )
+    assert not (root / "g.png").exists()
+
+
+# ----------------------------------------------------------------------------------------------------
+# Other layouts
+
+
+def own(root, mask, classes=b"cat\ndog\n", photo=None):
+    photo = encode(np.zeros((4, 4, 3), np.uint8)) if photo is None else photo
+    for path, content in {"classes.txt": classes, "images/val/a.png": photo, "masks/val/a.png": mask}.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        if content is not None:
+            (root / path).write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "mask,word",
+    [
+        (np.full((4, 4), 2, np.uint8), "value 2 is not in the class table"),
+        (np.zeros((4, 4, 3), np.uint8), "mode RGB, wanted L"),
+        (np.zeros((4, 4), np.uint16), "more than 8 bits"),
+        (np.zeros((3, 4), np.uint8), "picture 4x4, annotation 4x3"),
+    ],
+)
+def test_own_masks(tmp_path, mask, word):
+    own(tmp_path, encode(mask))
+    error_of(lambda: SegmentDataset(tmp_path, "auto", "val")[0], "a.png: ", word)
+
+
+def test_own_folder_without_mask_or_classes(tmp_path):
+    own(tmp_path, None)
+    error_of(lambda: SegmentDataset(tmp_path, "auto", "val"), f"{tmp_path / 'masks/val'}!a.png: missing")
+    (tmp_path / "classes.txt").write_text("\n")
+    error_of(lambda: data.detect(tmp_path), "classes.txt: 0 names")
+
+
+def test_ade_instance_of_two_classes(tmp_path):
+    things = np.zeros((4, 4, 3), np.uint8)
+    things[0], things[1] = (1, 1, 0), (2, 1, 0)
+    base = "ADEChallengeData2016"
+    for path, content in {
+        f"{base}/images/validation/x.jpg": encode(np.zeros((4, 4, 3), np.uint8)),
+        f"{base}/annotations/validation/x.png": encode(np.ones((4, 4), np.uint8)),
+        "annotations_instance/validation/x.png": encode(things),
+    }.items():
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_bytes(content)
+    dataset = SegmentDataset(tmp_path, "ade20k_panoptic", "val")
+    error_of(lambda: dataset[0], "validation!x.png: an instance of two classes")
+
+
+def test_instance_annotation_of_another_image(root):
+    def change(content):
+        table = json.loads(content)
+        table["annotations"][0]["image_id"] = 50
+        return json.dumps(table).encode()
+
+    edit(root / "annotations_trainval2017.zip", {"annotations/instances_val2017.json": change})
+    task = data.replace(data.TASKS["shapes"], kind="instance", layout="coco_instance")
+    error_of(
+        lambda: SegmentDataset(root, task, "val"), "instances_val2017.json: image id 50 is not in images"
+    )

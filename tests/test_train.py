@@ -1,0 +1,366 @@
+"""train.py: settings, schedules, groups, checkpoints, the quick run end to end."""
+
+# SPDX-License-Identifier: MIT
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import eomt
+import train
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = [
+    "--quick",
+    "--steps",
+    "4",
+    "--batch-size",
+    "4",
+    "--num-points",
+    "64",
+    "--log-every",
+    "1",
+    "--save-every",
+    "2",
+    "--eval-limit",
+    "4",
+    "--num-queries",
+    "6",
+]
+
+
+def run(script, *argv, cwd=None, ranks=0, env=None):
+    """A script as a user runs it; returns the finished process."""
+    head = [sys.executable]
+    if ranks:
+        head += [
+            "-m",
+            "torch.distributed.run",
+            f"--nproc_per_node={ranks}",
+            "--master_port=0",
+            "--rdzv_backend=c10d",
+            "--rdzv_endpoint=localhost:0",
+        ]
+    return subprocess.run(
+        [*head, str(ROOT / script), *map(str, argv)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory):
+    """A small procedural data set as official zips."""
+    root = tmp_path_factory.mktemp("shapes")
+    data.write_shapes(root, data.TASKS["shapes"].vocabulary, 24, 7, seed=1)
+    return root
+
+
+@pytest.fixture(scope="session")
+def short_run(shapes, tmp_path_factory):
+    """Four steps from start to end, in this process's manner but as its own process."""
+    out = tmp_path_factory.mktemp("runs") / "short"
+    done = run("train.py", *TINY, "--data", shapes, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+# ---- settings ----------------------------------------------------------------------------------------------
+def test_parse_precedence(tmp_path):
+    cfg, origin = train.parse(["--task", "ade20k_semantic", "--encoder", "dinov2_base", "--lr", "3e-4"])
+    assert (cfg.size, cfg.num_queries, cfg.epochs, cfg.color_jitter, cfg.lr) == (512, 100, 31, True, 3e-4)
+    assert origin["size"] == "task" and origin["lr"] == "flag" and origin["encoder_weights"] == "encoder"
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            dict(config=dict(task="ade20k_semantic", size=640, lr=1e-5, scale=[0.5, 1.5], out="other"))
+        )
+    )
+    cfg, origin = train.parse(["--config", str(tmp_path / "config.json"), "--lr", "2e-4"])
+    assert (cfg.task, cfg.size, cfg.lr, cfg.scale) == ("ade20k_semantic", 640, 2e-4, (0.5, 1.5))
+    assert origin["size"] == "config" and cfg.out.startswith("runs/ade20k_semantic")
+
+
+def test_parse_spellings():
+    cfg, _ = train.parse(["--batch_size", "8", "--no-masked-attn", "--scale", "0.5,1", "--num-points=12"])
+    assert (cfg.batch_size, cfg.masked_attn, cfg.scale, cfg.num_points) == (8, False, (0.5, 1.0), 12)
+
+
+@pytest.mark.parametrize(
+    "argv,words",
+    [
+        (["--batchsize", "3"], "did you mean --batch-size"),
+        (["--task", "coco"], "--task coco: unknown"),
+        (["--encoder", "vit"], "--encoder vit: unknown"),
+        (["--data.batch_size", "4"], "--batch-size"),
+        (["--model.ckpt_path", "x"], "--init"),
+        (["stray"], "unknown option"),
+    ],
+)
+def test_parse_mistakes_one_line(argv, words):
+    with pytest.raises(ValueError) as error:
+        train.parse(argv)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_parse_no_abbreviations():
+    with pytest.raises(ValueError, match="unknown option"):
+        train.parse(["--batch", "3"])
+
+
+def test_split_batch():
+    cfg, _ = train.parse(["--batch-size", "16"])
+    assert train.split_batch(cfg, 4) == 1 and cfg.device_batch_size == 4
+    cfg.device_batch_size = 2
+    assert train.split_batch(cfg, 4) == 2
+    cfg.device_batch_size = 3
+    with pytest.raises(ValueError, match="1, 2, 4 fit"):
+        train.split_batch(cfg, 4)
+    with pytest.raises(ValueError, match="1, 2, 4, 8, 16 ranks fit"):
+        train.split_batch(cfg, 3)
+
+
+# ---- schedules and groups ----------------------------------------------------------------------------------
+def test_lr_two_stage_warmup():
+    at = lambda step, part: train.lr_at(step, 10000, part, (500, 1000))  # noqa: E731
+    assert at(0, "head") == 0 and at(250, "head") == 0.5 and at(500, "head") == 1
+    assert at(499, "encoder") == 0 and at(1000, "encoder") == 0.5 and at(1500, "encoder") == 1
+    assert at(10000, "head") == 0 and at(10000, "encoder") == 0
+    assert abs(at(5250, "head") - 0.5**0.9) < 1e-12 and abs(at(5750, "encoder") - 0.5**0.9) < 1e-12
+
+
+def test_param_groups_layer_decay():
+    cfg, _ = train.parse(["--encoder", "dinov2_small"])
+    model = train.make_model(cfg, data.TASKS["coco_panoptic"].vocabulary)
+    groups = train.param_groups(model, cfg)
+    owner = {id(p): g for g in groups for p in g["params"]}
+    assert len(owner) == len(list(model.parameters())) == sum(len(g["params"]) for g in groups)
+    factor = lambda p: (owner[id(p)]["part"], round(owner[id(p)]["factor"], 10))  # noqa: E731
+    assert factor(model.encoder.blocks[11].ls1) == ("encoder", 1) and factor(model.encoder.norm.weight) == (
+        "encoder",
+        1,
+    )
+    assert factor(model.encoder.blocks[3].mlp.fc1.weight) == ("encoder", round(0.8**8, 10))
+    for p in (model.encoder.pos_embed, model.encoder.cls_token, model.encoder.patch_embed.weight):
+        assert factor(p) == ("encoder", round(0.8**11, 10))
+    assert factor(model.q.weight) == ("head", 1) and len(groups) == 13
+    cfg.llrd_query_blocks = False  # DINOv3: the last num_blocks blocks at the base rate
+    base = [g for g in train.param_groups(model, cfg) if g["part"] == "encoder" and g["factor"] == 1][0]
+    assert sum(p is model.encoder.blocks[9].ls1 for p in base["params"]) == 1
+
+
+def test_slot_seed_does_not_depend_on_split():
+    """Slots of a global batch of 8: 1 rank, 2 ranks x 2 parts, 4 ranks: the same set, no two alike."""
+
+    def slots(world, device_batch):
+        parts = 8 // world // device_batch
+        return sorted(
+            (m * world + r) * device_batch + i
+            for r in range(world)
+            for m in range(parts)
+            for i in range(device_batch)
+        )
+
+    assert slots(1, 8) == slots(2, 2) == slots(4, 2) == list(range(8))
+    seeds = {train.slot_seed(s, step, slot) for s in range(3) for step in range(20) for slot in range(16)}
+    assert len(seeds) == 3 * 20 * 16
+
+
+# ---- a run -------------------------------------------------------------------------------------------------
+def test_run_folder(short_run):
+    out, stdout = short_run
+    names = {p.name for p in out.iterdir()}
+    assert {
+        "config.json",
+        "log.txt",
+        "metrics.jsonl",
+        "summary.json",
+        "best",
+        "curves.png",
+        "pq_per_class.png",
+        "viz",
+        "step-00000002",
+        "step-00000004",
+    } == names
+    assert {p.name for p in (out / "step-00000004").iterdir()} == {
+        "model.safetensors",
+        "resume.pt",
+        "meta.json",
+    }
+    assert re.search(
+        r"step 4/4 loss \d+\.\d{4} mask \S+ dice \S+ class \S+ lr \S+ grad \S+ img/s \S+ mem 0.0GB eta "
+        r"0:00:00",
+        stdout,
+    )
+    assert re.search(r"^PQ \d+\.\d\d PQ_th \S+ PQ_st \S+ .*images 7 in \S+ s$", stdout, re.M)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 4] and "PQ" in rows[-1]
+    assert Image.open(out / "viz" / "step_00000004.png").size[0] > 500
+    model = eomt.load(out)
+    assert model.meta["task"] == "shapes" and model.meta["step"] == 4 and model.meta["names"][0] == "red disc"
+    assert json.loads((out / "config.json").read_text())["config"]["batch_size"] == 4
+
+
+def test_run_file_modes_follow_umask(short_run):
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in (short_run[0] / "step-00000004").iterdir():
+        assert path.stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_eval_command_repeats_training_number(short_run, shapes, tmp_path):
+    out, stdout = short_run
+    done = run(
+        "eval.py",
+        "--ckpt",
+        out,
+        "--data",
+        shapes,
+        "--save-panoptic",
+        tmp_path / "pan",
+        "--workers",
+        0,
+        "--out",
+        tmp_path / "numbers.json",
+    )
+    assert done.returncode == 0, done.stderr
+    cut = lambda text: re.search(r"^(PQ .*) in ", text, re.M).group(1)  # noqa: E731
+    assert cut(done.stdout) == cut(stdout)
+    assert json.loads((tmp_path / "numbers.json").read_text())["images"] == 7
+    rows = json.loads((tmp_path / "pan.json").read_text())["annotations"]
+    assert len(rows) == 7 and all((tmp_path / "pan" / row["file_name"]).exists() for row in rows)
+    for row in rows:
+        ids = np.asarray(Image.open(tmp_path / "pan" / row["file_name"])).astype(int) @ [1, 256, 65536]
+        assert set(np.unique(ids)) - {0} == {s["id"] for s in row["segments_info"]}
+        assert all((ids == s["id"]).sum() == s["area"] for s in row["segments_info"])
+
+
+def test_eval_partial_and_refusals(short_run, shapes, tmp_path):
+    out, _ = short_run
+    done = run("eval.py", "--ckpt", out, "--data", shapes, "--limit", 3, "--workers", 0)
+    assert "images 3" in done.stdout and "(partial)" in done.stdout
+    done = run("eval.py", "--ckpt", tmp_path / "nothing", "--data", shapes)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "PQ" not in done.stdout
+
+
+def test_predict_command(short_run, tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 120, 3), np.uint8)).save(
+        tmp_path / "a.png"
+    )
+    Image.new("L", (64, 50)).save(tmp_path / "b.jpg")
+    done = run("predict.py", tmp_path, "--ckpt", short_run[0], "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "a.overlay.png",
+        "a.png",
+        "b.overlay.png",
+        "b.png",
+        "predictions.json",
+    }
+    assert Image.open(tmp_path / "out" / "a.overlay.png").size == (120, 80)
+    assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())["annotations"]) == 2
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "b.jpg").read_bytes()[:200])
+    done = run("predict.py", tmp_path / "cut.jpg", "--ckpt", short_run[0], "--out", tmp_path / "out")
+    assert done.returncode == 1 and re.fullmatch(r"error: .*cut\.jpg: cannot be decoded.*\n", done.stderr)
+
+
+def test_existing_run_is_kept(short_run, shapes):
+    out, _ = short_run
+    before = (out / "step-00000004" / "model.safetensors").read_bytes()
+    done = run("train.py", *TINY, "--data", shapes, "--out", out)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and "--resume" in done.stderr
+    assert (out / "step-00000004" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "argv,words",
+    [
+        (["--data", "/nowhere"], "/nowhere"),
+        (["--batch-size", "5", "--device-batch-size", "2"], "fit"),
+        (["--size", "60"], "multiple of the patch size"),
+        (["--init", "/no/such"], "no such checkpoint"),
+        (["--resume", "--seed", "5"], "seed 0 -> 5"),
+    ],
+)
+def test_mistakes_one_line_exit_1(short_run, shapes, tmp_path, argv, words):
+    out = short_run[0] if "--resume" in argv else tmp_path / "run"
+    done = run("train.py", *TINY, "--data", shapes, "--out", out, *argv)
+    assert done.returncode == 1 and words in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_dry_run_needs_no_data():
+    done = run("train.py", "--task", "coco_panoptic", "--encoder", "dinov2_small", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "steps 88704" in done.stdout or "steps 88692" in done.stdout
+    assert re.search(r"parameters: [\d,]+ trained, 0 frozen", done.stdout)
+
+
+def test_init_from_other_classes(short_run, shapes, tmp_path):
+    """A class head of another size and other queries are left out, each with a line; the rest is taken."""
+    model = eomt.load(short_run[0])
+    state = model.state_dict()
+    other = eomt.EoMT(eomt.ViT(**model.encoder.config), 30, 9, model.num_blocks)
+    own = other.state_dict()
+    other.load_state_dict({k: v if own[k].shape == v.shape else own[k] for k, v in state.items()})
+    eomt.save(tmp_path / "other.safetensors", other)
+    done = run(
+        "train.py",
+        *TINY,
+        "--data",
+        shapes,
+        "--out",
+        tmp_path / "run",
+        "--init",
+        tmp_path / "other.safetensors",
+        "--steps",
+        1,
+        "--lr",
+        0,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "class head not loaded: 30 classes there, 8 here" in done.stdout
+    assert "queries not loaded: 9 there, 6 here" in done.stdout
+    got = eomt.load(tmp_path / "run").state_dict()
+    for key, value in state.items():
+        same = torch.equal(got[key], value)
+        assert same or key.startswith(("class_head.", "q.")), key
+
+
+def test_nonfinite_stops_and_keeps_weights(shapes, tmp_path):
+    """An exploding loss ends the run with one line naming the images; the last checkpoint is whole."""
+    done = run(
+        "train.py",
+        *TINY,
+        "--data",
+        shapes,
+        "--out",
+        tmp_path / "run",
+        "--lr",
+        "1e30",
+        "--warmup",
+        "0,0",
+        "--clip-norm",
+        "1e30",
+        "--save-every",
+        "1",
+        "--steps",
+        "30",
+    )
+    assert done.returncode == 1
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("error: ") and ("not finite" in line or "NaN" in line) and ".jpg" in line
+    steps = train.run_steps(tmp_path / "run")
+    assert steps and eomt.damaged(steps[0]) is None
+    assert all(v.isfinite().all() for v in eomt.read(steps[0])[1].values())
