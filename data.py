@@ -1272,12 +1272,12 @@ def _thing_mask(shape, size, scale, rng):
     return np.asarray(mask) > 0
 
 
-def draw_scene(rng: np.random.Generator, vocabulary: Vocabulary, allowed: Sequence[int], size: int = 64):
+def draw_scene(rng: np.random.Generator, vocabulary: Vocabulary, allowed: Sequence[int], size=64, things=4):
     """Image uint8 (H,W,3), map (H,W) of 0 = void and 1.. = segments, (class, crowd) of each segment.
 
-    Two stuff halves or one, one to four things, now and then a crowd of four small ones; slivers become void.
+    One or two stuff halves, one to `things` things, at times a crowd of four small ones; slivers become void.
     """
-    stuff, things = ([k for k in allowed if vocabulary.thing[k] == flag] for flag in (False, True))
+    stuff, kinds = ([k for k in allowed if vocabulary.thing[k] == flag] for flag in (False, True))
     y, x = np.mgrid[:size, :size]
     angle, offset = rng.uniform(0, 2 * np.pi), rng.uniform(-0.22, 0.22) * size
     far = ((x - size / 2) * np.cos(angle) + (y - size / 2) * np.sin(angle) > offset) & (rng.random() > 0.4)
@@ -1288,8 +1288,8 @@ def draw_scene(rng: np.random.Generator, vocabulary: Vocabulary, allowed: Sequen
         shade = np.where(_dark(pattern, u, v), 0.45, 1.1)[..., None]  # (H, W, 1)
         segments.append((int(k), 0))
         image = np.where((index == len(segments))[..., None], np.array(COLOURS[colour]) * shade, image)
-    for _ in range(rng.integers(1, 5)):
-        k, crowd = int(rng.choice(things)), int(rng.random() < 0.02)
+    for _ in range(rng.integers(1, things + 1)):
+        k, crowd = int(rng.choice(kinds)), int(rng.random() < 0.02)
         colour, shape = vocabulary.names[k].split()
         masks = [_thing_mask(shape, size, 0.5 if crowd else 1.0, rng) for _ in range(4 if crowd else 1)]
         mask = np.logical_or.reduce(masks)  # (H, W)

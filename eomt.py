@@ -143,7 +143,7 @@ class ViT(nn.Module):
         x = x.flatten(2).mT  # (B, h*w, C)
         if self.pos_embed is not None:
             x = x + resample_positions(self.pos_embed, self.grid, grid)  # (B, h*w, C)
-        prefix = torch.cat([self.cls_token, self.reg_token], 1).expand(len(x), -1, -1)  # (B, P, C)
+        prefix = torch.cat([self.cls_token, self.reg_token], 1).expand(x.shape[0], -1, -1)  # (B, P, C)
         return torch.cat([prefix.to(x.dtype), x], 1), grid
 
     def attention(self, grid, attend=F.scaled_dot_product_attention):
@@ -267,7 +267,7 @@ class EoMT(nn.Module):
         first = len(self.encoder.blocks) - self.num_blocks
         for block in self.encoder.blocks[:first]:
             x = block(x, attend)
-        x = torch.cat([self.q.weight.to(x.dtype).expand(len(x), -1, -1), x], 1)  # (B, N, C)
+        x = torch.cat([self.q.weight.to(x.dtype).expand(x.shape[0], -1, -1), x], 1)  # (B, N, C)
         if mask_prob is not None and noise is None:
             noise = torch.rand(len(x), self.num_blocks, self.q.num_embeddings, device=x.device)
         predictions = []
@@ -460,7 +460,10 @@ def segment(model: nn.Module, images: list[Tensor], kind: str, window: tuple[int
 
 
 def _segment_semantic(model, image, window, mask_prob, batch):
-    """Evenly overlapping windows along the long side; class scores are averaged, then resized back."""
+    """Evenly overlapping windows along the long side; class scores are averaged, then resized back.
+
+    As upstream rounds the sides; transformers' processor truncates them, a pixel less for half of all sizes.
+    """
     size = tuple(image.shape[1:])
     if max(size) > _LONG * min(size):
         halves = image.chunk(2, 1 if size[0] > size[1] else 2)  # 2 x (3, H/2, W) or (3, H, W/2)
@@ -609,12 +612,23 @@ def _download(name: str) -> Path:
 
 def _raw(path: Path) -> tuple[dict[str, Tensor], dict]:
     """Tensors of a weight file as they are named there, and our JSON header ({} in foreign files)."""
-    from safetensors import SafetensorError, safe_open
-
-    _refuse_page(path)
+    with open(path, "rb") as file:
+        head = file.read(256)
+    # The whole word: a safetensors file may begin with " <", its header's length.
+    signs = {"an HTML page": rb"\s*<(!doctype|html|\?xml)", "a git-lfs pointer": rb"version https://git-lfs",
+             "empty": rb"\Z"}
+    for what, sign in signs.items():
+        if re.match(sign, head, re.IGNORECASE):
+            raise ValueError(f"{path}: the file is {what}, not weights; download it again")
     if path.name.endswith(".index.json"):
         shards = sorted(set(_json(path).get("weight_map", {}).values()))
         return {k: v for shard in shards for k, v in _raw(path.parent / shard)[0].items()}, {}
+    return _tensors(path)
+
+
+def _tensors(path):
+    from safetensors import SafetensorError, safe_open
+
     try:
         if path.suffix == ".safetensors":
             with safe_open(str(path), "pt") as file:
@@ -631,17 +645,6 @@ def _raw(path: Path) -> tuple[dict[str, Tensor], dict]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path}: holds other things than tensors by name; export a state dict")
     return state, {}
-
-
-def _refuse_page(path):
-    """What a download often leaves in place of the weights is said by its name."""
-    with open(path, "rb") as file:
-        head = file.read(256).lstrip().lower()
-    kinds = {"empty": not head, "an HTML page": head.startswith(b"<"),
-             "a git-lfs pointer": head.startswith(b"version https://git-lfs")}
-    for what, found in kinds.items():
-        if found:
-            raise ValueError(f"{path}: the file is {what}, not weights; download it again")
 
 
 def _rename(raw, path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -836,6 +839,7 @@ def _write(path, state, header):
 def save_hf(folder: str | Path, model: EoMT):
     """config.json and model.safetensors that transformers' Eomt (EomtDinov3 under RoPE) loads with
     `from_pretrained`; class names are model.meta["names"]. Raises ValueError for what it cannot hold."""
+    assert isinstance(model.encoder, ViT), f"transformers' Eomt has no {type(model.encoder).__name__}"
     folder, encoder = Path(folder), model.encoder.config
     (height, width), channels, rope, swiglu = (encoder[key] for key in ("grid", "width", "rope", "swiglu"))
     hidden = (8 * channels // 3 + 7) // 8 * 8 if swiglu else 4 * channels  # what EomtConfig computes

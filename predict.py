@@ -159,6 +159,48 @@ def draw_bars(rows: list[tuple[str, float]], path, width=700):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Export
+# ------------------------------------------------------------------------------------------------------------
+class Logits(torch.nn.Module):
+    """A model as images uint8 (B,3,S,S) -> mask logits, class logits: two tensors, as exporters want it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        return tuple(self.model(images)[-1])
+
+
+def export(model, path: Path) -> float | None:
+    """Writes PATH.onnx (needs onnx and onnxscript) or PATH.pt2 (torch.export), any batch size, fixed side.
+
+    Returns the largest difference from the model's own logits, None where onnxruntime is not installed."""
+    side = model.meta["size"]
+    images = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
+    net, shapes = Logits(model.cpu()).eval(), {"images": {0: torch.export.Dim.AUTO}}
+    with torch.no_grad():
+        want, program = net(images), torch.export.export(net, (images,), dynamic_shapes=shapes)
+        if path.suffix == ".pt2":
+            torch.export.save(program, path)
+            got = torch.export.load(path).module()(images)
+        elif path.suffix == ".onnx":
+            try:
+                torch.onnx.export(program, (), path, verbose=False, output_names=["masks", "classes"])
+            except ImportError as error:
+                raise ValueError(f"{path}: needs {error.name}; pip install onnx onnxscript") from None
+            try:
+                import onnxruntime
+            except ImportError:
+                return None
+            session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+            got = [torch.from_numpy(array) for array in session.run(None, {"images": images.numpy()})]
+        else:
+            raise ValueError(f"{path}: unknown kind of file; end the name in .onnx or .pt2")
+    return max((a - b).abs().max().item() for a, b in zip(want, got, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Command line
 # ------------------------------------------------------------------------------------------------------------
 def expand(patterns: list[str]) -> list[Path]:
@@ -200,13 +242,14 @@ def write_result(path: Path, image, result, meta, out: Path, number: int) -> dic
 
 def parser():
     top = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    top.add_argument("images", nargs="+", help="images, folders or globs")
+    top.add_argument("images", nargs="*", help="images, folders or globs")
     top.add_argument(
         "--ckpt", required=True, help="run folder (best, else newest), step folder, file or HF name"
     )
     top.add_argument("--out", default="predictions", help="folder for the results")
     top.add_argument("--task", default="", help=f"{', '.join(data.TASKS)}; default: the checkpoint's")
     top.add_argument("--size", type=int, default=0, help="network input side; default: the checkpoint's")
+    top.add_argument("--export", default="", metavar="FILE", help="write the model as .onnx or .pt2 and stop")
     top.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return top
@@ -221,7 +264,13 @@ def run(args):
     if args.size % model.encoder.patch:
         raise ValueError(f"--size {args.size}: not a multiple of the patch size {model.encoder.patch}")
     model.meta["size"] = args.size or model.meta["size"]
+    if args.export:
+        off = export(model, Path(args.export))
+        print(f"{args.export}: " + ("not checked" if off is None else f"logits differ by at most {off:.1e}"))
+        return
     paths, out = expand(args.images), Path(args.out)
+    if not paths:
+        raise ValueError("no images; give files, folders or globs")
     stems = [path.stem for path in paths]
     twice = next((p for p in paths if stems.count(p.stem) > 1), None)
     if twice:

@@ -16,6 +16,7 @@ import math
 import os
 import string
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 SIZES = {  # width, hidden width of the MLPs, depth, heads of both towers, from the checkpoints' config.json
     "base": (768, 3072, 12, 12), "large": (1024, 4096, 24, 16), "so400m": (1152, 4304, 27, 16),
     "giant-opt": (1536, 6144, 40, 16),  # its text tower is so400m's with out=1536
+    "toy": (64, 256, 4, 4),  # of the procedural world: train.py --quick --stage A pretrains it
 }
 EPS = 1e-6  # of every LayerNorm
 PAD, EOS, LENGTH = 0, 1, 64  # Gemma's ids; SigLIP 2 was trained on exactly 64 text tokens
@@ -109,15 +111,16 @@ def resize_positions(table: Tensor, grid: tuple[int, int], naflex: bool) -> Tens
 
 class VisionTower(nn.Module):
     """SigLIP 2's image tower with eomt.py's encoder interface, plus its MAP head. Any H and W the patch
-    divides will do, as NaFlex needs; `grid` is the side of the position table, `naflex` how it is resized."""
+    divides will do, as NaFlex needs; `grid` is the side of the position table, `naflex` how it is resized.
+    `reach` > 0 lets a patch see only others so many patches away, as toy towers need to stay local."""
 
     mean, std, prefix = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 0
 
-    def __init__(self, width, hidden, depth, heads, patch=16, grid=16, naflex=False):
+    def __init__(self, width, hidden, depth, heads, patch=16, grid=16, naflex=False, reach=0):
         super().__init__()
         self.config = dict(width=width, hidden=hidden, depth=depth, heads=heads, patch=patch, grid=grid,
-                           naflex=naflex)
-        self.width, self.patch, self.naflex = width, patch, naflex
+                           naflex=naflex, reach=reach)
+        self.width, self.patch, self.naflex, self.reach = width, patch, naflex, reach
         self.patch_embed = nn.Conv2d(3, width, patch, patch)
         self.positions = nn.Parameter(torch.randn(grid * grid, width) / math.sqrt(width))
         self.blocks = nn.ModuleList(Block(width, hidden, heads) for _ in range(depth))
@@ -131,15 +134,29 @@ class VisionTower(nn.Module):
         return x.flatten(2).mT + resize_positions(self.positions, grid, self.naflex), grid
 
     def attention(self, grid, attend=F.scaled_dot_product_attention):
-        """The attention of one forward pass: `attend` itself, for the positions are added in `embed`."""
-        return attend
+        """The attention of one forward pass: `attend` itself (positions are added in `embed`), but for reach."""
+        if not self.reach:
+            return attend
+        axes = (torch.arange(side, device=self.positions.device) for side in grid)
+        at = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 1)  # (N, 2)
+        near = (at[:, None] - at).abs().amax(-1) <= self.reach  # (N, N)
+        return partial(_attend_near, near, attend)
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images (B,3,H,W) -> tokens after the final norm (B,N,C); `head` makes of them (B,C)."""
-        x, _ = self.embed(images)  # (B, N, C)
+        x, grid = self.embed(images)  # (B, N, C)
+        attend = self.attention(grid)
         for block in self.blocks:
-            x = block(x)  # (B, N, C)
+            x = block(x, attend)  # (B, N, C)
         return self.norm(x)
+
+
+def _attend_near(near, attend, q, k, v):
+    """Patches, the last rows, see near patches and all rows before these; those rows as `attend` says."""
+    start = k.shape[2] - len(near)
+    near = F.pad(near, (start, 0), value=True)  # (h*w, start+h*w)
+    patches = F.scaled_dot_product_attention(q[:, :, start:], k, v, attn_mask=near)  # (B, nh, h*w, hd)
+    return torch.cat([attend(q[:, :, :start], k, v), patches], 2) if start else patches
 
 
 class TextTower(nn.Module):
@@ -210,6 +227,31 @@ def load(path: str | Path, part: str, heads: int | None = None) -> VisionTower |
     tower.load_state_dict({name: torch.cat([found[key] for key in keys]) for name, keys in wanted.items()},
                           assign=True)
     return tower.eval()
+
+
+def save(folder: str | Path, vision: VisionTower, text: TextTower):
+    """Both towers as `folder`/model.safetensors with a SigLIP 2 checkpoint's names, which `load` reads."""
+    from safetensors.torch import save_file
+    state = {name: getattr(text, name).detach() for name in ("logit_scale", "logit_bias")}
+    for part, tower in (("vision", vision), ("text", text)):
+        for name, value in tower.state_dict().items():
+            keys = _foreign(name, PARTS[part][0])
+            keys = keys if name in state else [f"{part}_model.{key}" for key in keys]
+            state |= {key: v.clone() for key, v in zip(keys, value.chunk(len(keys)), strict=True)}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_file(state, Path(folder, "model.safetensors"), {"format": "pt"})
+
+
+def fetch(name: str | Path) -> Path:
+    """A local path as it is; else a Hugging Face repository's weights and tokenizer, downloaded."""
+    if Path(name).exists() or str(name).count("/") != 1:
+        return Path(name)
+    try:
+        from huggingface_hub import snapshot_download
+        return Path(snapshot_download(str(name), allow_patterns=["*.safetensors*", "*.json", "tokenizer*"]))
+    except (ImportError, OSError, ValueError) as error:  # not installed; offline; not there
+        raise FileNotFoundError(f"{name}: no such folder, and not fetched from Hugging Face "
+                                f"({type(error).__name__}); download it and give its path") from None
 
 
 def _foreign(name, final):
@@ -321,7 +363,21 @@ def embed_text(tower: TextTower, tokenizer: Tokenizer, prompts: list[list[list[s
     return torch.stack([row for row, _ in picked]), torch.tensor([k for _, k in picked])
 
 
+def text_rows(weights: str | Path, tokenizer: str | Path, prompts: list[list[list[str]]],
+              cache: str | Path | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Text tower of a checkpoint, used once and freed -> rows (R,C_t), owner (R,), logit_scale, logit_bias."""
+    tower = load(fetch(weights), "text")
+    reader = Tokenizer(fetch(tokenizer or weights), len(tower.positions))
+    return *embed_text(tower, reader, prompts, cache), tower.logit_scale.detach(), tower.logit_bias.detach()
+
+
 # ---- Regions and classes -----------------------------------------------------------------------------------
+def grid_logits(masks: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Exact masks bool (T,H,W) -> mask logits (T,h*w) of the share of every patch they cover."""
+    cover = F.adaptive_avg_pool2d(masks.float(), grid)  # (T, h, w)
+    return cover.flatten(1).logit(0.02)
+
+
 def map_pool(tower: VisionTower, patches: Tensor, mask_logits: Tensor, gamma=4.0, mode="map") -> Tensor:
     """Tokens after the final norm (B,N,C), mask logits (B,Q,N) -> unit region embeddings fp32 (B,Q,C).
 

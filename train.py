@@ -266,6 +266,12 @@ def lr_at(step: int, total: int, part: str, warmup: tuple[float, ...]) -> float:
     return (1 - min(1.0, (step - end) / max(1, total - end))) ** 0.9
 
 
+def anneal_windows(cfg: Config, num_blocks: int) -> list[tuple[float, float]]:
+    """(start, end) steps of mask annealing per query block, the first one from the recipe if it has one."""
+    windows = eomt.anneal_windows(cfg.steps, num_blocks)
+    return [cfg.first_window, *windows[1:]] if cfg.first_window else windows
+
+
 def slot_seed(seed: int, step: int, slot: int) -> int:
     """Seed of one image's randomness: its place in the global batch, not the rank or part that handles it."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {step} {slot}".encode(), digest_size=7).digest())
@@ -442,9 +448,7 @@ class Trainer:
         self.rank, self.world, self.log, self.sets = rank, world, log, sets
         self.accumulate = split_batch(cfg, world)
         self.criterion = SetLoss(model.config["num_classes"], cfg.num_points)
-        self.windows = eomt.anneal_windows(cfg.steps, model.num_blocks)
-        if cfg.first_window:
-            self.windows[0] = cfg.first_window
+        self.windows = anneal_windows(cfg, model.num_blocks)
         cuda = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(param_groups(model, cfg), cfg.lr, weight_decay=cfg.weight_decay,
                                            fused=cuda)
@@ -595,7 +599,7 @@ class Trainer:
 
 
 # ---- The run -----------------------------------------------------------------------------------------------
-IMAGES = dict(coco_panoptic=118287, coco_instance=117266, ade20k_panoptic=20210, ade20k_semantic=20210,
+IMAGES = dict(coco_panoptic=118287, coco_instance=118287, ade20k_panoptic=20210, ade20k_semantic=20210,
               cityscapes_semantic=2975)  # training images of the official sets, for --dry-run without data
 
 
@@ -641,6 +645,7 @@ def run(cfg: Config, origin: dict) -> int:
     if cfg.quick and device.type == "cpu":
         torch.set_num_threads(1)  # as fast for a tiny model, and steady on a busy machine
     split_batch(cfg, world)
+    cfg.workers = min(cfg.workers, os.cpu_count() or 1)
     task = data.find_task(cfg.data, cfg.task)
     sets = None if cfg.dry_run else open_data(cfg, rank)
     images = len(sets["train"]) if sets else IMAGES.get(cfg.task, cfg.batch_size)

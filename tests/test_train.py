@@ -364,3 +364,22 @@ def test_nonfinite_stops_and_keeps_weights(shapes, tmp_path):
     steps = train.run_steps(tmp_path / "run")
     assert steps and eomt.damaged(steps[0]) is None
     assert all(v.isfinite().all() for v in eomt.read(steps[0])[1].values())
+
+
+@pytest.mark.parametrize("name", ["m.onnx", "m.pt2"])
+def test_export_is_checked(short_run, tmp_path, name):
+    """The file is written, runs at another batch size, and gives the model's logits."""
+    if name.endswith("onnx"):
+        pytest.importorskip("onnxscript")
+        runtime = pytest.importorskip("onnxruntime")
+    done = run("predict.py", "--ckpt", short_run[0], "--export", tmp_path / name)
+    assert done.returncode == 0, done.stderr
+    assert float(re.search(r"at most (\S+)", done.stdout).group(1)) < 1e-4
+    images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        want = eomt.load(short_run[0])(images)[-1].masks
+    if name.endswith("onnx"):
+        got = runtime.InferenceSession(str(tmp_path / name)).run(None, {"images": images.numpy()})[0]
+    else:
+        got = torch.export.load(tmp_path / name).module()(images)[0].detach()
+    torch.testing.assert_close(torch.as_tensor(got), want, rtol=0, atol=1e-4)
