@@ -7,6 +7,7 @@ Out: a list of `Prediction(masks, classes)` logits, last = final; `segment` take
     result = segment(model, [photo], "panoptic")[0]  # photo uint8 (3,H,W) -> Panoptic(ids, labels, scores)
 """
 # SPDX-License-Identifier: MIT
+import copy
 import hashlib
 import json
 import math
@@ -258,16 +259,12 @@ class EoMT(nn.Module):
         """images uint8 or 0..255 float (B,3,H,W); mask_prob (num_blocks,) in [0,1], the share of queries with
         masked attention in each block, None = nowhere; noise (B,num_blocks,Q) uniform decides which.
         Raises ValueError for sides that patches do not fill."""
-        height, width, patch = *images.shape[2:], self.encoder.patch
-        if height % patch or width % patch:
-            raise ValueError(f"{height}x{width} pixels do not split into patches of {patch}; resize or pad")
-        images = (images.to(self.mean.dtype) / 255 - self.mean) / self.std  # (B, 3, H, W)
-        x, grid = self.encoder.embed(images)  # (B, P+h*w, C)
+        x, grid = self.embed(images)  # (B, P+h*w, C)
         attend = self.encoder.attention(grid)
         first = len(self.encoder.blocks) - self.num_blocks
         for block in self.encoder.blocks[:first]:
             x = block(x, attend)
-        x = torch.cat([self.q.weight.to(x.dtype).expand(x.shape[0], -1, -1), x], 1)  # (B, N, C)
+        x = torch.cat([self.queries().to(x.dtype).expand(x.shape[0], -1, -1), x], 1)  # (B, N, C)
         if mask_prob is not None and noise is None:
             noise = torch.rand(len(x), self.num_blocks, self.q.num_embeddings, device=x.device)
         predictions = []
@@ -278,6 +275,17 @@ class EoMT(nn.Module):
                 attend = self.masked(predictions[-1].masks, grid, mask_prob[i], noise[:, i])
             x = block(x, attend)
         return [*predictions, self.predict(x, grid)]
+
+    def embed(self, images):
+        """Images as in `forward` -> the encoder's tokens (B,P+h*w,C) and grid (h,w)."""
+        height, width, patch = *images.shape[2:], self.encoder.patch
+        if height % patch or width % patch:
+            raise ValueError(f"{height}x{width} pixels do not split into patches of {patch}; resize or pad")
+        return self.encoder.embed((images.to(self.mean.dtype) / 255 - self.mean) / self.std)
+
+    def queries(self) -> Tensor:
+        """The queries (Q,C) before they meet an image."""
+        return self.q.weight
 
     def masked(self, masks, grid, keep_prob, noise):
         """Attention in which query q sees only the patches where its mask logits (B,Q,mh,mw) are positive."""
@@ -293,6 +301,163 @@ class EoMT(nn.Module):
         features = self.upscale(patches.mT.unflatten(2, grid))  # (B, C, mh, mw)
         masks = torch.einsum("bqc,bchw->bqhw", self.mask_head(queries), features)  # (B, Q, mh, mw)
         return Prediction(masks, self.class_head(queries))
+
+
+class Taught(NamedTuple):
+    """A Prediction with the patch tokens (B,N,C) of the adapted encoder and of the same without adapters."""
+
+    masks: Tensor
+    classes: Tensor
+    student: Tensor
+    teacher: Tensor | None
+
+
+class OpenVocabEoMT(EoMT):
+    """EoMT over a siglip2.VisionTower, classified by a siglip2.OpenVocabHead whose vocabulary can be swapped.
+
+    isolate: patches attend to patches alone, so that a frozen tower's tokens stay SigLIP 2's; the query rows
+    run through copies of the last blocks (query_blocks "copy") or through these ("shared"). Else joint
+    attention as in EoMT. fuse_last 3 adds two earlier layers to the mask features. query_init: "learnable",
+    "text" (`centres` (Q,C_t) of text rows, through a map) or "text+learnable". Training gives classes over
+    the head's seen ones and void; evaluation log-probabilities over all. With `distil` set, the last training
+    prediction is a `Taught`.
+    """
+
+    def __init__(self, encoder, head, num_queries=200, num_blocks=None, isolate=True, query_blocks="copy",
+                 fuse_last=1, query_init="learnable", pool="map", gamma=4.0):
+        super().__init__(encoder, len(head.seen), num_queries, num_blocks)
+        self.config["open"] = dict(isolate=isolate, query_blocks=query_blocks, fuse_last=fuse_last,
+                                   query_init=query_init, pool=pool, gamma=gamma)
+        if not 1 <= fuse_last <= self.num_blocks + 1:
+            raise ValueError(f"fuse_last {fuse_last}: {self.num_blocks} query blocks give 1 to "
+                             f"{self.num_blocks + 1} layers; take one of these")
+        self.class_head, self.isolate, self.fuse_last = head, isolate, fuse_last
+        self.pool, self.gamma, self.adapters, self.distil = pool, gamma, None, False
+        self.q_blocks = self.q_norm = None
+        if isolate and query_blocks == "copy":
+            self.copy_blocks()
+        self.fuse = nn.Parameter(torch.zeros(fuse_last - 1)) if fuse_last > 1 else None
+        if query_init != "learnable":
+            self.register_buffer("centres", torch.zeros(num_queries, head.rows.shape[1]))  # (Q, C_t)
+            self.q_map = nn.Linear(head.rows.shape[1], encoder.width, bias=False)
+            self.q_gate = nn.Parameter(torch.zeros(()))
+            nn.init.normal_(self.q.weight, std=0.02)  # tells apart queries of one centre
+            self.q.requires_grad_(query_init == "text+learnable")
+
+    def copy_blocks(self):
+        """The query rows' own blocks and norm, as the encoder's are now: call it again after loading one."""
+        self.q_blocks = copy.deepcopy(self.encoder.blocks[-self.num_blocks:]).requires_grad_(True)
+        self.q_norm = copy.deepcopy(self.encoder.norm).requires_grad_(True)
+
+    def adapt(self, last_n: int, rank_attn: int, rank_ffn: int):
+        """Freezes the encoder and puts LoRA adapters into its last blocks."""
+        import lora
+
+        self.encoder.requires_grad_(False)
+        last_n = lora.add(self.encoder.blocks, last_n, rank_attn, rank_ffn)
+        self.adapters = dict(last_n=last_n, rank_attn=rank_attn, rank_ffn=rank_ffn)
+
+    def queries(self):
+        if self.config["open"]["query_init"] == "learnable":
+            return self.q.weight
+        return self.q.weight + self.q_gate * self.q_map(self.centres)  # (Q, C)
+
+    def forward(self, images, mask_prob=None, noise=None):
+        taught = self.training and self.distil
+        if not self.isolate:
+            out = super().forward(images, mask_prob, noise)
+            teacher = self.teach(*self.embed(images), 0) if taught else None
+        else:
+            x, grid = self.embed(images)  # (B, h*w, C)
+            attend, states = self.encoder.attention(grid), []
+            for block in self.encoder.blocks:
+                states.append(x)
+                x = block(x, attend)
+            x = self.encoder.norm(x)
+            teacher = self.teach(*self.shared(states, grid)) if taught else None
+            out = self.ask(states[-self.num_blocks:], x, grid, mask_prob, noise)
+        last = out[-1]._replace(teacher=teacher) if taught else Prediction(*out[-1][:2])
+        return [*(Prediction(*p[:2]) for p in out[:-1]), last]
+
+    def shared(self, states, grid):
+        """What the encoder and its teacher have in common: tokens before the first block that trains."""
+        trains = (i for i, b in enumerate(self.encoder.blocks) if any(p.requires_grad for p in b.parameters()))
+        first = next(trains, 0)
+        return states[first], grid, first
+
+    @torch.no_grad()
+    def teach(self, x, grid, first):
+        """Tokens before block `first` -> those after the final norm, without adapters (B,h*w,C)."""
+        import lora
+
+        attend = self.encoder.attention(grid)
+        with lora.disabled(self.encoder):
+            for block in self.encoder.blocks[first:]:
+                x = block(x, attend)
+        return self.encoder.norm(x)
+
+    def ask(self, states, x, grid, mask_prob, noise):
+        """Query rows through their blocks. states: the patches (B,h*w,C) before each; x: after the norm."""
+        blocks = self.encoder.blocks[-self.num_blocks:] if self.q_blocks is None else self.q_blocks
+        norm = self.q_norm or self.encoder.norm
+        features = x if self.fuse is None else x + sum(
+            a * self.encoder.norm(state) for a, state in zip(self.fuse, reversed(states), strict=False))
+        features = self.upscale(features.mT.unflatten(2, grid))  # (B, C, mh, mw)
+        q = self.queries().to(x.dtype).expand(x.shape[0], -1, -1)  # (B, Q, C)
+        if mask_prob is not None and noise is None:
+            noise = torch.rand(len(x), self.num_blocks, q.shape[1], device=x.device)
+        kept, masks, rows = [], [], q.shape[1]
+        for i, (block, state) in enumerate(zip([*blocks, None], [*states, None], strict=True)):
+            if self.training or mask_prob is not None or block is None:
+                kept.append(norm(q))
+                masks.append(torch.einsum("bqc,bchw->bqhw", self.mask_head(kept[-1]), features))
+            if block is None:
+                break
+            attend = F.scaled_dot_product_attention
+            if mask_prob is not None:
+                bits = pack_mask(masks[-1].detach(), grid, rows, rows + x.shape[1], mask_prob[i], noise[:, i])
+                attend = partial(masked_attention, bits=bits, num_masked_rows=rows)
+            qh, k, v = block.attn.split(block.norm1(torch.cat([q, state], 1)))  # (B, nh, N, hd) each
+            q = q + block.attn.proj(attend(qh[:, :, :rows], k, v).transpose(1, 2).flatten(2))  # (B, Q, C)
+            q = q + block.mlp(block.norm2(q))
+        return [Taught(m, self.classify(t, m, x, grid), x, None) for m, t in zip(masks, kept, strict=True)]
+
+    def predict(self, x, grid):
+        x = self.encoder.norm(x)
+        queries, patches = x.split((self.q.num_embeddings, x.shape[1] - self.q.num_embeddings), 1)
+        features = self.upscale(patches.mT.unflatten(2, grid))  # (B, C, mh, mw)
+        masks = torch.einsum("bqc,bchw->bqhw", self.mask_head(queries), features)  # (B, Q, mh, mw)
+        return Taught(masks, self.classify(queries, masks, patches, grid), patches, None)
+
+    @torch.compiler.disable  # a compiled model keeps its graph when the vocabulary changes
+    def classify(self, queries, masks, patches, grid):
+        """Query tokens (B,Q,C) and in evaluation their regions -> classes (B,Q,K+1)."""
+        from siglip2 import map_pool
+
+        if self.training:
+            return self.class_head(queries)
+        z = F.adaptive_avg_pool2d(masks.float(), grid).flatten(2)  # (B, Q, h*w)
+        return self.class_head(queries, map_pool(self.encoder, patches, z, self.gamma, self.pool))
+
+    def set_classes(self, names, thing=None, prompts=None, seen=None, weights=None, tokenizer=None, cache=None):
+        """Swaps the vocabulary. names: K strings; thing, seen: K bools, default all and none; prompts: per
+        class, per synonym, the texts to average, default the names in the templates of training; weights:
+        the text tower, default that of training. Raises ValueError for another tower's text."""
+        from siglip2 import text_rows
+
+        templates = self.meta.get("templates", ["a photo of a {}.", "a {} in the scene."])
+        prompts = prompts or [[[template.format(name) for template in templates]] for name in names]
+        weights = weights or self.meta["text"]
+        rows, owner, scale, bias = text_rows(weights, tokenizer or self.meta.get("tokenizer"), prompts, cache)
+        head = self.class_head
+        ours = torch.stack([head.logit_scale, head.logit_bias]).cpu()
+        if rows.shape[1] != head.rows.shape[1] or not torch.allclose(torch.cat([scale, bias]), ours, 1e-4):
+            raise ValueError(f"{weights}: the text tower of another SigLIP 2 than this model's (width "
+                             f"{rows.shape[1]} for {head.rows.shape[1]}, or another scale); give the right one")
+        head.set_classes(rows, owner, [False] * len(names) if seen is None else seen)
+        self.config["num_classes"] = len(names)
+        self.meta |= dict(names=list(names), ids=list(range(1, len(names) + 1)),
+                          thing=[True] * len(names) if thing is None else list(thing))
 
 
 def anneal_windows(total: int, num_blocks: int) -> list[tuple[float, float]]:
@@ -389,14 +554,15 @@ def instance(masks: Tensor, classes: Tensor, window, content, size, top=100) -> 
     prob = classes.float().softmax(-1)[:, :-1]  # (Q, K)
     scores, flat = prob.flatten().topk(min(top, prob.numel()))
     query, labels = flat // prob.shape[1], flat % prob.shape[1]  # (n,), (n,)
+    query, row = query.unique(return_inverse=True)  # a query may be there with several classes: (q,), (n,)
     out, quality = [], []
     for logits in _restore(masks[query], window, content, size):
         mask = logits > 0  # (n', H, W)
         area = mask.flatten(1).sum(1)  # (n',)
         quality.append((logits.sigmoid() * mask).flatten(1).sum(1) / (area + 1e-6))  # empty -> 0, as upstream
         out.append(mask)
-    scores, order = (scores * torch.cat(quality)).sort(descending=True, stable=True)
-    return Instances(torch.cat(out)[order], labels[order], scores)
+    scores, order = (scores * torch.cat(quality)[row]).sort(descending=True, stable=True)
+    return Instances(torch.cat(out)[row[order]], labels[order], scores)
 
 
 def semantic(masks: Tensor, classes: Tensor, window) -> Tensor:
@@ -445,7 +611,9 @@ def segment(model: nn.Module, images: list[Tensor], kind: str, window: tuple[int
     window = window or (model.meta["size"],) * 2
     if kind == "semantic":
         return [_segment_semantic(model, image, window, mask_prob, batch) for image in images]
-    finish = partial(panoptic, thing=thing or model.meta.get("thing")) if kind == "panoptic" else instance
+    finish = instance
+    if kind == "panoptic":  # open-vocabulary scores are flatter than the thresholds of closed classes
+        finish = partial(panoptic, thing=thing or model.meta.get("thing"), **model.meta.get("thresholds", {}))
     results = []
     for start in range(0, len(images), batch):
         part = images[start:start + batch]
@@ -780,7 +948,19 @@ def _add_base(config, state, base):
 def build(config: dict) -> EoMT:
     """The model of a checkpoint's config, with random weights."""
     config = dict(config)
-    return EoMT(ViT(**config.pop("encoder")), **config)
+    encoder, options = config.pop("encoder"), dict(config.pop("open", {}))
+    if not options:
+        return EoMT(ViT(**encoder), **config)
+    from siglip2 import OpenVocabHead, VisionTower
+
+    tower, count = VisionTower(**encoder), config.pop("num_classes")
+    rows, width, adapters = (options.pop(key) for key in ("rows", "text_width", "adapters"))
+    owner = torch.arange(rows).clamp(max=count - 1)
+    head = OpenVocabHead(tower.width, torch.zeros(rows, width), owner, [False] * count, 0.0, 0.0)
+    model = OpenVocabEoMT(tower, head, **config, **options)
+    if adapters:
+        model.adapt(**adapters)
+    return model
 
 
 def fill(model: nn.Module, state: dict[str, Tensor], path, origin=None, skip: tuple[str, ...] = ()):
@@ -805,7 +985,14 @@ def load(path: str | Path, device="cpu", base: str | Path | None = None) -> EoMT
         raise ValueError(f"{path}: an encoder without heads; give it to train.py --encoder-weights")
     model = build(config)
     fill(model, state, path, meta.pop("origin", None))
-    model.meta = {"size": config["encoder"]["grid"][0] * config["encoder"]["patch"], **meta}
+    if "open" in config:
+        import lora
+
+        lora.merge(model.encoder)
+        model.adapters, model.meta = None, meta
+        model.class_head.calibrate(**meta.get("calibration", {}))
+    else:
+        model.meta = {"size": config["encoder"]["grid"][0] * config["encoder"]["patch"], **meta}
     return model.to(device).eval()
 
 
@@ -825,7 +1012,11 @@ def load_encoder(encoder: ViT, path: str | Path):
 
 def save(path: str | Path, model: EoMT, **meta):
     """Weights and a JSON header {config, meta} in one safetensors file, all that eval and predict need."""
-    header = json.dumps(dict(config=dict(encoder=model.encoder.config, **model.config), meta=meta))
+    config = dict(encoder=model.encoder.config, **model.config)
+    if "open" in config:
+        rows, width = model.class_head.rows.shape
+        config["open"] = dict(config["open"], rows=rows, text_width=width, adapters=model.adapters)
+    header = json.dumps(dict(config=config, meta=meta))
     _write(path, model.state_dict(), {_HEADER: header})
 
 

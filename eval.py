@@ -232,6 +232,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--ckpt", required=True, help="run folder (best, else newest), step folder, file or HF name"
     )
+    top.add_argument("--base", default="", help="DINOv3 encoder that a delta checkpoint is added to")
     top.add_argument("--data", default="", help="data folder; default: the one the run was trained on")
     top.add_argument("--task", default="", help=f"{', '.join(data.TASKS)}; default: the checkpoint's")
     top.add_argument("--size", type=int, default=0, help="network input side; default: the checkpoint's")
@@ -270,7 +271,7 @@ def run(args) -> Result:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.device == "cuda" and world > 1:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    model = eomt.load(args.ckpt, args.device)
+    model = eomt.load(args.ckpt, args.device, args.base or None)
     if args.size % model.encoder.patch:
         raise ValueError(f"--size {args.size}: no multiple of the patch size {model.encoder.patch}")
     model.meta["size"] = args.size or model.meta["size"]

@@ -247,6 +247,7 @@ def parser():
         "--ckpt", required=True, help="run folder (best, else newest), step folder, file or HF name"
     )
     top.add_argument("--out", default="predictions", help="folder for the results")
+    top.add_argument("--base", default="", help="DINOv3 encoder that a delta checkpoint is added to")
     top.add_argument("--task", default="", help=f"{', '.join(data.TASKS)}; default: the checkpoint's")
     top.add_argument("--size", type=int, default=0, help="network input side; default: the checkpoint's")
     top.add_argument("--export", default="", metavar="FILE", help="write the model as .onnx or .pt2 and stop")
@@ -256,7 +257,7 @@ def parser():
 
 
 def run(args):
-    model = eomt.load(args.ckpt, args.device)
+    model = eomt.load(args.ckpt, args.device, args.base or None)
     if args.task or "kind" not in model.meta:  # files of other projects do not say what they were trained on
         task = data.TASKS.get(args.task) or data.fit_task(model.config["num_classes"], args.ckpt)
         words = task.vocabulary

@@ -49,6 +49,7 @@ class Config:
     data: str = setting("", "folder with the official zips (or the same unpacked)")
     out: str = setting("", "run folder; default runs/<task>_<encoder>_<size>")
     init: str = setting("", "start from this EoMT checkpoint (run folder, file or Hugging Face name)")
+    base: str = setting("", "DINOv3 encoder that --init is a delta to")
     load_class_head: bool = setting(True, "take the class head of --init; never when classes differ")
     encoder_weights: str = setting("", "pretrained encoder (file, folder, Hugging Face name), or `random`")
     # model
@@ -100,7 +101,7 @@ QUICK = dict(task="shapes", encoder="tiny", data="runs/shapes", out="runs/quick"
 # Settings of where and how a run runs: they may differ between a run and its resumption.
 MACHINE = {"data", "out", "device_batch_size", "workers", "log_every", "save_every", "eval_every",
            "eval_limit", "resume", "overwrite", "max_bad", "skip_nonfinite", "config", "dry_run", "debug",
-           "compile", "amp", "deterministic", "init", "encoder_weights", "load_class_head"}
+           "compile", "amp", "deterministic", "init", "base", "encoder_weights", "load_class_head"}
 # Option names of the recipe this project grew from -> ours.
 SEED_WORDS = {"OUTPUT_DIR": "--out", "--model.ckpt_path": "--init", "--data.path": "--data",
               "--model.load_ckpt_class_head": "--no-load-class-head",
@@ -219,7 +220,7 @@ def load_start(model: eomt.EoMT, cfg: Config, say):
             eomt.load_encoder(model.encoder, cfg.encoder_weights)
             say(f"encoder from {cfg.encoder_weights}")
         return
-    config, state, meta = eomt.read(cfg.init)
+    config, state, meta = eomt.read(cfg.init, cfg.base or None)
     origin, skip = meta.get("origin", {}), ()
     if "num_classes" not in config:
         raise ValueError(f"{cfg.init}: an encoder without heads; give it to --encoder-weights")
