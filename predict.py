@@ -53,7 +53,8 @@ def overlay(image: np.ndarray, ids: np.ndarray, rows: list[dict], alpha=0.55) ->
     for row in rows:
         y, x = np.nonzero(ids == row["id"])
         if len(y):
-            at = (x[len(x) // 2], y[len(y) // 2])
+            near = ((x - x.mean()) ** 2 + (y - y.mean()) ** 2).argmin()  # the centre itself may lie outside
+            at = (x[near], y[near])
             draw.text(at, row["text"], fill="white", stroke_width=1, stroke_fill="black", anchor="mm")
     return picture
 

@@ -289,7 +289,7 @@ def test_perfect_predictions_score_100(tmp_path, monkeypatch):
         assert result.numbers[result.headline] == pytest.approx(100), name
 
 
-# ---- a user's own data --------------------------------------------------------------------------------------
+# ---- a user's own data ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("make,kind,names", [(make_coco, "panoptic", 8), (make_own_masks, "semantic", 2)])
 def test_own_data_is_recognised(make, kind, names, tmp_path, capsys):
     """`--task auto`, 3 or 4 images: classes come from the data; eval and predict know them."""
