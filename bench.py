@@ -1,10 +1,10 @@
 """Speed of the kernels, the model, the training step, the loader and the metrics, against rivals in one run.
 
-In: a subject, and if not the defaults an encoder, sizes, batches, a data folder. Out: a Markdown table for
-each case, and with --json the same rows in a file. The first row of a case is ours; "ours / it" below 1 means
+In: a subject and, where the defaults do not do, an encoder, sizes, batches, a data folder. Out: a Markdown
+table per case, with --json the same rows in a file. The first row that ran is ours; "ours / it" below 1 means
 that we are faster. Calls of a case alternate and take random inputs in turn.
 
-    python bench.py model --encoder dinov2_large --size 640 --batch 1 8 --json model.json
+    python bench.py model --encoder dinov2_large --size 640 1280 --batch 1 8 --json model.json
 """
 # SPDX-License-Identifier: MIT
 import argparse
@@ -15,16 +15,14 @@ import io
 import json
 import os
 import platform
-import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,90 +32,76 @@ import data
 import eomt
 import metrics
 import vocab
-from kernels import masked_attention, pack_mask
-from losses import Prediction, SetLoss  # noqa
+from kernels import ahead, masked_attention, pack_mask
+from losses import SetLoss
 
-PEAK, BANDWIDTH = 790e12, 4.3e12  # FLOP/s of a bf16 product 8192^3 and byte/s of a copy, measured on Hopper
-SCALES = {"FLOP/s": (1e12, "TFLOP/s"), "B/s": (1e9, "GB/s")}
-HEAD = "| | median (p20 / p80) ms | ours / it | rate | % of floor | peak MB | error |\n" + "|---" * 7 + "|"
-
-
-# ---- Measuring ---------------------------------------------------------------------------------------------
-class Run(NamedTuple):
-    """What all cases share."""
-
-    args: argparse.Namespace
-    device: torch.device
-    cuda: bool
-    rows: list
+PEAK, BANDWIDTH = 790e12, 4.3e12  # FLOP/s of a bf16 product of 8192^3, byte/s of a copy, both on a Hopper
+SCALES = {"TFLOP/s": 1e12, "GFLOP/s": 1e9, "GB/s": 1e9, "image/s": 1}
+TABLE = "| | median (p20 / p80) ms | ours / it | rate | % of floor | peak MB | error |\n" + "|---" * 7 + "|"
 
 
-def clock(run, call, first, repeat):
-    """Mean seconds of call(first), call(first + 1), ..."""
-    if run.cuda:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-    began = time.perf_counter()
-    for i in range(first, first + repeat):
-        call(i)
+# ---- Measuring. `run`: the parsed flags, with device, cuda and the rows so far -----------------------------
+def clock(run, call, first, repeat=1):
+    """Mean seconds of call(first), call(first + 1), ..., and on CUDA the megabytes they add at their peak."""
     if not run.cuda:
-        return (time.perf_counter() - began) / repeat
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / repeat
-
-
-def prepare(run, call):
-    """Warm a call up: its seconds and, on CUDA, the megabytes it takes at its peak."""
-    call(0)  # compiles, allocates, fills caches
-    if not run.cuda:
-        return clock(run, call, 1, 1), None
+        began = time.perf_counter()
+        for i in range(first, first + repeat):
+            call(i)
+        return (time.perf_counter() - began) / repeat, None
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    return clock(run, call, 1, 1), (torch.cuda.max_memory_allocated() - before) / 1e6
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for i in range(first, first + repeat):
+        call(i)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeat, (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
-def compare(run, case, calls, work=0.0, unit="", floor=None, errors=None):
+def compare(run, case, calls, work=0.0, unit="image/s", floor=None, errors=None):
     """Time calls (name -> function of an input number, or the reason why it does not run), print their table.
 
-    work: what a call does, in `unit` without its "/s"; floor: seconds that no call on Hopper goes below.
+    work: what one call does, rate = work / seconds; floor: seconds that no call on Hopper goes below.
     """
-    print(f"\n**{case}**\n\n{HEAD}", flush=True)
-    ready = {name: call for name, call in calls.items() if callable(call)}
-    cost = {name: prepare(run, call) for name, call in ready.items()}
-    repeat = {name: min(100, max(1, int(0.02 / seconds))) for name, (seconds, _) in cost.items()}
-    total = sum(repeat[name] * seconds for name, (seconds, _) in cost.items())
-    rounds = 3 if run.args.quick else min(40, max(5, int(20 / total)))  # about 20 seconds a case
-    samples = {name: [] for name in ready}
-    for n in range(rounds):
-        for name, call in ready.items():
-            samples[name].append(clock(run, call, n * repeat[name], repeat[name]))
+    print(f"\n**{case}**\n\n{TABLE}", flush=True)
+    repeat, samples, total = {}, {}, 0
+    for name, call in calls.items():
+        if callable(call):
+            call(0)  # compiles, allocates, fills caches
+            seconds, samples[name] = clock(run, call, 1)[0], []
+            repeat[name] = min(100, max(1, int(0.02 / seconds)))
+            total += repeat[name] * seconds
+    for n in range(3 if run.quick else min(40, max(5, int(20 / total)))):  # about 20 seconds a case
+        for name in samples:
+            samples[name].append(clock(run, calls[name], n * repeat[name], repeat[name]))
     ours = next(iter(samples.values()))
     for name, call in calls.items():
-        if name in ready:
-            # Neighbours in time: what else the machine does weighs on both.
-            ratio = statistics.median(a / b for a, b in zip(ours, samples[name], strict=True))
-            show(run, case, name, samples[name], ratio, work, unit, floor if run.cuda else None,
-                 cost[name][1], (errors or {}).get(name))
+        if name in samples:
+            # Ratios of neighbours in time: what else the machine does weighs on both.
+            ratio = statistics.median(a / b for (a, _), (b, _) in zip(ours, samples[name], strict=True))
+            show(run, case, name, samples[name], ratio, work, unit, floor, (errors or {}).get(name))
         else:
             print(f"| {name} | {call} | | | | | |", flush=True)
             run.rows.append(dict(case=case, name=name, note=call))
 
 
-def show(run, case, name, samples, ratio=None, work=0.0, unit="", floor=None, peak=None, error=None):
-    """Print a row of a table and keep it; samples are seconds."""
-    p20, median, p80 = np.quantile(samples, (0.2, 0.5, 0.8)).tolist()
-    rate, share = work / median if work else None, 100 * floor / median if floor else None
+def show(run, case, name, samples, ratio=None, work=0.0, unit="image/s", floor=None, error=None):
+    """Print and keep one row; samples are (seconds, peak megabytes)."""
+    p20, median, p80 = np.quantile([seconds for seconds, _ in samples], (0.2, 0.5, 0.8)).tolist()
+    peak = max(peak for _, peak in samples) if run.cuda else None
+    rate = work / median / SCALES[unit] if work else None
+    share = 100 * floor / median if floor and run.cuda else None
     run.rows.append(dict(case=case, name=name, median=median, p20=p20, p80=p80, samples=len(samples),
-                         ours_over_it=ratio, rate=rate, unit=unit, floor_percent=share, peak_mb=peak, error=error))
-    scale, unit = SCALES.get(unit, (1, unit))
-    cells = ((ratio, "{:.2f}"), (rate and rate / scale, "{:.3g} " + unit), (share, "{:.0f}"), (peak, "{:.1f}"),
-             (error, "{:.1e}"))
-    texts = ["-" if value is None else form.format(value) for value, form in cells]
-    print(f"| {name} | {1e3 * median:.4g} ({1e3 * p20:.4g} / {1e3 * p80:.4g}) | {' | '.join(texts)} |", flush=True)
+                         ours_over_it=ratio, rate=rate, unit=unit, floor_percent=share, peak_mb=peak,
+                         error=error))
+    values = {"{:.2f}": ratio, "{:.3g} " + unit: rate, "{:.0f}": share, "{:.1f}": peak, "{:.1e}": error}
+    texts = ["-" if value is None else form.format(value) for form, value in values.items()]
+    times = f"{1e3 * median:.4g} ({1e3 * p20:.4g} / {1e3 * p80:.4g})"
+    print(f"| {name} | {times} | {' | '.join(texts)} |", flush=True)
 
 
-def error(got, want) -> float:
+def distance(got, want) -> float:
     """Largest ||got - want|| / ||want|| of pairs of tensors."""
     pairs = zip(got, want, strict=True)
     return max(((g.double() - w.double()).norm() / w.double().norm()).item() for g, w in pairs)
@@ -125,7 +109,7 @@ def error(got, want) -> float:
 
 def optional(name):
     """A module that need not be installed, or None."""
-    sys.modules.setdefault("torchvision", None)  # a wrong one breaks transformers; nothing here needs it
+    sys.modules.setdefault("torchvision", None)  # one of another torch breaks transformers; none is needed
     with contextlib.suppress(ImportError):
         return importlib.import_module(name)
 
@@ -137,161 +121,482 @@ def regions(count, height, width) -> np.ndarray:
 
 
 # ---- kernels -----------------------------------------------------------------------------------------------
-class Mask(NamedTuple):
-    """One mask in the forms its users want."""
+def attention_rivals(run, grid):
+    """name -> (mask logits (B,Q,4h,4w) -> mask, attend(q, k, v, mask)), or why it does not run."""
+    sdpa = F.scaled_dot_product_attention
 
-    bits: torch.Tensor | None  # int32 (B, Q, words)
-    dense: torch.Tensor  # bool (B, N, N)
-    queries: int
-    blocks: object = None  # FlexAttention's, CUDA only
+    def rows(logits):
+        seen = F.interpolate(logits, grid, mode="bilinear").flatten(2) > 0  # (B, Q, h*w)
+        return F.pad(seen, (logits.shape[1] + 5, 0), value=True)[:, None]  # (B, 1, Q, N); 5 = cls + registers
 
+    def dense(logits):
+        mask = rows(logits)  # (B, 1, Q, N)
+        return F.pad(mask, (0, 0, 0, mask.shape[3] - mask.shape[2]), value=True)  # (B, 1, N, N)
 
-def dense_mask(logits, grid):
-    """The bool (B,N,N) that upstream makes of mask logits (B,Q,4h,4w)."""
-    start = logits.shape[1] + 5  # queries, then cls and 4 registers, then patches
-    tokens = start + grid[0] * grid[1]
-    mask = torch.ones(len(logits), tokens, tokens, dtype=torch.bool, device=logits.device)  # (B, N, N)
-    mask[:, :start - 5, start:] = F.interpolate(logits, grid, mode="bilinear").flatten(2) > 0
-    return mask
+    def packed(logits):
+        start = logits.shape[1] + 5
+        return pack_mask(logits, grid, start, start + grid[0] * grid[1])  # (B, Q, words)
 
+    def split(q, k, v, mask):
+        n = mask.shape[2]
+        return torch.cat([sdpa(q[:, :, :n], k, v, mask), sdpa(q[:, :, n:], k, v)], 2)  # (B, nh, N, hd)
 
-def packed_mask(logits, grid):
-    start = logits.shape[1] + 5
-    return pack_mask(logits, grid, start, start + grid[0] * grid[1])  # (B, Q, words)
+    def expanded(q, k, v, mask):
+        return sdpa(q, k, v, mask.expand(-1, q.shape[1], -1, -1))
 
+    rivals = {"ours": (packed, lambda q, k, v, bits: masked_attention(q, k, v, bits, bits.shape[1])),
+              "mask expanded over heads (upstream)": (dense, expanded), "mask[:, None]": (dense, sdpa),
+              "split SDPA": (rows, split), "split SDPA, compiled": "CUDA only", "FlexAttention": "CUDA only"}
+    if run.cuda:
+        flex = importlib.import_module("torch.nn.attention.flex_attention")
+        attend = torch.compile(flex.flex_attention)
 
-def split(q, k, v, mask):
-    sdpa, rows = F.scaled_dot_product_attention, mask.dense[:, None, :mask.queries]  # (B, 1, Q, N)
-    masked = sdpa(q[:, :, :mask.queries], k, v, rows)  # (B, nh, Q, hd)
-    return torch.cat([masked, sdpa(q[:, :, mask.queries:], k, v)], 2)  # (B, nh, N, hd)
+        def blocks(logits):
+            mask = dense(logits)[:, 0]  # (B, N, N)
+            seen = lambda b, head, m, n: mask[b, m, n]  # noqa: E731
+            return flex.create_block_mask(seen, len(mask), None, *mask.shape[1:])
 
-
-def broadcast(q, k, v, mask):
-    return F.scaled_dot_product_attention(q, k, v, mask.dense[:, None])
-
-
-def expanded(q, k, v, mask):
-    return F.scaled_dot_product_attention(q, k, v, mask.dense[:, None].expand(-1, q.shape[1], -1, -1))
-
-
-def attention_rivals(flex):
-    """name -> attend(q, k, v, mask)."""
-    rivals = {"ours": lambda q, k, v, mask: masked_attention(q, k, v, mask.bits, mask.queries),
-              "dense mask, expanded over heads (upstream)": expanded, "dense mask[:, None]": broadcast,
-              "split SDPA": split}
-    if flex is None:
-        return rivals | dict.fromkeys(("FlexAttention", "split SDPA, compiled"), "CUDA only")
-    fused = torch.compile(flex.flex_attention)
-    return rivals | {"FlexAttention": lambda q, k, v, mask: fused(q, k, v, block_mask=mask.blocks),
-                     "split SDPA, compiled": torch.compile(split)}
+        rivals["split SDPA, compiled"] = rows, torch.compile(split)
+        rivals["FlexAttention"] = blocks, lambda q, k, v, mask: attend(q, k, v, block_mask=mask)
+    return rivals
 
 
 def attention_step(attend, qkv, mask, grad):
-    """qkv (B,N,3,nh,hd) -> (B,N,C) as the output projection wants it, and with grad (B,N,C) qkv's gradient."""
+    """qkv (B,N,3,nh,hd) -> (B,N,C) as the output projection wants it, with grad (B,N,C) and its gradient."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, nh, N, hd), views
     out = attend(q, k, v, mask).transpose(1, 2).flatten(2)  # (B, N, C)
     return (out,) if grad is None else (out, *torch.autograd.grad(out, qkv, grad))
 
 
-def attention_error(attend, qkv, mask, grad):
-    """Against float64 on the first head of the first image; heads do not mix."""
-    size = qkv.shape[-1]
-    head = qkv[:1, :, :, :1].detach().double().requires_grad_(grad is not None)  # (1, N, 3, 1, hd)
-    part = None if grad is None else grad[:1, :, :size].double()  # (1, N, hd)
-    want = attention_step(broadcast, head, Mask(None, mask.dense[:1], mask.queries), part)
-    out, *grads = attention_step(attend, qkv, mask, grad)
-    return error([out[:1, :, :size], *(g[:1, :, :, :1] for g in grads)], want)
-
-
-def bench_kernels(run):
-    """Masked attention and mask packing at the encoder's shapes; without a GPU also what one would run."""
-    args = run.args
-    flex = importlib.import_module("torch.nn.attention.flex_attention") if run.cuda else None
-    row, queries = eomt.ENCODERS[args.encoder], 20 if args.quick else 200
+def bench_attention(run, size, batch):
+    """Masked attention at the encoder's shapes: forward, forward + backward, the same and making the mask."""
+    row, queries = eomt.ENCODERS[run.encoder], 20 if run.quick else 200
+    grid, hd = (size // row.get("patch", 16),) * 2, row["width"] // row["heads"]
+    tokens, rivals = queries + 5 + grid[0] * grid[1], attention_rivals(run, grid)
     make = partial(torch.randn, device=run.device, dtype=torch.bfloat16 if run.cuda else torch.float32)
-    for size, batch in ((size, batch) for size in args.size for batch in args.batch):
-        grid = (size // row.get("patch", 16),) * 2
-        logits = [make(batch, queries, 4 * grid[0], 4 * grid[1]) for _ in range(3)]  # 3 x (B, Q, 4h, 4w)
-        masks = []
-        for x in logits:
-            dense = dense_mask(x, grid)
-            blocks = flex and flex.create_block_mask(lambda b, h, m, n, dense=dense: dense[b, m, n], batch, None,
-                                                     *dense.shape[1:], device=run.device)  # not timed
-            masks.append(Mask(packed_mask(x, grid), dense, queries, blocks))
-        tokens, shape = dense.shape[1], (batch, dense.shape[1], 3, row["heads"], row["width"] // row["heads"])
-        title = f"{args.encoder} {size}: batch {batch}, {row['heads']} heads, {tokens} tokens, {queries} masked"
-        for what, passes in (("forward", 1), ("forward + backward", 3.5)):
-            qkv = [make(shape, requires_grad=passes > 1) for _ in range(3)]  # 3 x (B, N, 3, nh, hd)
-            grad = None if passes == 1 else make(batch, tokens, row["width"])  # (B, N, C)
-            rivals = attention_rivals(flex)
-            calls = {name: (lambda i, a=a, qkv=qkv, grad=grad, masks=masks: attention_step(
-                a, qkv[i % 3], masks[i % 3], grad)) if callable(a) else a for name, a in rivals.items()}
-            errors = {name: attention_error(a, qkv[0], masks[0], grad) for name, a in rivals.items() if callable(a)}
-            work = passes * 4 * batch * tokens**2 * row["width"]
-            compare(run, f"masked attention, {what}, {title}", calls, work, "FLOP/s", work / PEAK, errors)
-        moved = logits[0].numel() // 4 * logits[0].element_size()  # the middle 2 x 2 of every 4 x 4
-        calls = {"ours": lambda i, logits=logits, grid=grid: packed_mask(logits[i % 3], grid),
-                 "bool (B, N, N) (upstream)": lambda i, logits=logits, grid=grid: dense_mask(logits[i % 3], grid)}
-        compare(run, f"mask packing, {title}", calls, moved, "B/s", moved / BANDWIDTH)
-    if not run.cuda:
-        ahead_of_time(run)
-
-
-# ---- kernels without a GPU: compiled ahead of time ---------------------------------------------------------
-def compile_kernel(kernel, arch, constants, options):
-    """The bf16 cubin that a launch on contiguous, aligned tensors gets, and its bytes of shared memory."""
-    compiler, backends = (importlib.import_module(f"triton.{n}") for n in ("compiler", "backends.compiler"))
-    pointers = {"BITS": "*i32", "KEEP": "*i1", "LSE": "*fp32", "DELTA": "*fp32"}
-    axes = {"sb": 3, "sl": 3, "sd": 3, "sk": 2 if "KEEP" in kernel.arg_names else 4}  # of each tensor's strides
-    signature, constexprs, attributes = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name], constexprs[i,] = "constexpr", constants[name]
-        elif name[0] == "s" and len(name) <= 3:
-            last = axes.get(name, 4) - 1
-            signature[name], constexprs[i, last] = ("i32",) * last + ("constexpr",), 1
-            attributes |= {(i, j): [["tt.divisibility", 16]] for j in range(last) if last == 3}
-        elif name.isupper() and name not in ("M", "N"):
-            signature[name], attributes[i,] = pointers.get(name, "*bf16"), [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32" if name.startswith("scale") else "i32"
-    source = compiler.ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
-    done = compiler.compile(source, target=backends.GPUTarget("cuda", arch, 32), options=options)
-    return done.asm["cubin"], done.metadata.shared
-
-
-def dump(binary, tool, flag):
-    """What a tool of triton's wheel says of a cubin."""
-    path = Path(importlib.import_module("triton").__file__).parent / "backends/nvidia/bin" / tool
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
-        file.flush()
-        done = subprocess.run([path, flag, file.name], capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
+    logits = [make(batch, queries, 4 * grid[0], 4 * grid[1]) for _ in range(3)]  # 3 x (B, Q, 4h, 4w)
+    qkv = [make(batch, tokens, 3, row["heads"], hd) for _ in range(3)]  # 3 x (B, N, 3, nh, hd)
+    rows = make(batch, tokens, row["width"])  # (B, N, C)
+    # Heads do not mix: float64 on the first one of the first image is the reference.
+    head = qkv[0][:1, :, :, :1].double().requires_grad_()  # (1, N, 3, 1, hd)
+    mask = rivals["mask[:, None]"][0](logits[0][:1])  # (1, 1, N, N)
+    want = attention_step(F.scaled_dot_product_attention, head, mask, rows[:1, :, :hd].double())
+    title = f"{run.encoder} {size}: batch {batch}, {row['heads']} heads, {tokens} tokens, {queries} masked"
+    for case, passes in (("forward", 1), ("forward + backward", 3.5), ("mask + forward + backward", 3.5)):
+        grad, inputs = rows if passes > 1 else None, [x.requires_grad_(passes > 1) for x in qkv]
+        calls, errors = dict(rivals), {}
+        for name, (mask, attend) in ((name, r) for name, r in rivals.items() if not isinstance(r, str)):
+            late, ready = (mask, logits) if "mask" in case else (lambda x: x, [mask(x) for x in logits])
+            calls[name] = lambda i, a=attend, late=late, ready=ready, x=inputs, grad=grad: attention_step(
+                a, x[i % 3], late(ready[i % 3]), grad)
+            out, *grads = calls[name](0)
+            got = [out[:1, :, :hd], *(g[:1, :, :, :1] for g in grads)]
+            errors[name] = distance(got, want[:len(got)])
+        work = passes * 4 * batch * tokens**2 * row["width"]
+        compare(run, f"masked attention, {case}, {title}", calls, work, "GFLOP/s", work / PEAK, errors)
+    moved = logits[0].numel() // 4 * logits[0].element_size()  # the middle 2 x 2 of every 4 x 4
+    calls = {name: lambda i, make=rivals[name][0]: make(logits[i % 3]) for name in ("ours", "mask[:, None]")}
+    compare(run, f"mask of {tokens} tokens from logits", calls, moved, "GB/s", moved / BANDWIDTH)
 
 
 def ahead_of_time(run):
-    """Every shipped configuration on sm_90 and sm_80."""
-    print("\nGPU rows were not run: there is no CUDA device. Ahead of time, bf16:\n")
-    if optional("triton") is None:
-        print("triton is not installed")
+    """Without a GPU: what the compiler makes of the shipped configurations."""
+    if run.cuda:
         return
-    attention, pack = (importlib.import_module(f"kernels.{n}") for n in ("masked_attention", "pack_mask"))
-    small = dict(WORDS=pack.WORDS, num_warps=4, num_stages=2)
-    jobs = [(arch, "pack", "-", pack._pack_kernel, small) for arch in (90, 80)]
-    for arch, family in ((90, "big"), (80, "small")):
-        for step, size in ((step, size) for size in attention.HEAD_SIZES for step in attention.CONFIGS[family]):
-            kernel = getattr(attention, f"_{step}_kernel")
-            jobs.append((arch, step, size, kernel, attention.config(family, step, size)))
-    columns = ("arch", "kernel", "head", "tile", "warps", "registers", "spilled", "shared KiB", "HGMMA", "HMMA")
-    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    for arch, step, size, kernel, constants in jobs[1:3] if run.args.quick else jobs:
-        options = {key: constants.pop(key) for key in ("num_warps", "num_stages")}
-        binary, shared = compile_kernel(kernel, arch, dict(constants), options)
-        usage, code = dump(binary, "cuobjdump", "-res-usage"), dump(binary, "nvdisasm", "-c")
-        registers, *spills = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
-        counts = (len(re.findall(rf"\b{word}\b", code)) for word in ("HGMMA", "HMMA"))
-        tile = f"{constants['BM']}x{constants['BN']}" if "BM" in constants else f"{pack.WORDS} words"
-        values = (f"sm_{arch}", step, size, tile, options["num_warps"], registers, sum(spills), shared >> 10, *counts)
-        print(f"| {' | '.join(map(str, values))} |", flush=True)
-        run.rows.append(dict(case="ahead of time", **dict(zip(columns, values, strict=True))))
+    print("\nGPU rows were not run: there is no CUDA device. The kernels compiled ahead of time, bf16:\n")
+    if ahead.triton is None:
+        print("triton is not installed")
+    for n, row in enumerate(ahead.rows("forward hd 64" if run.quick else "")):
+        if n == 0:
+            print(f"| {' | '.join(row)} |\n{'|---' * len(row)}|")
+        print(f"| {' | '.join(map(str, row.values()))} |", flush=True)
+        run.rows.append(dict(case="ahead of time", name=row["kernel"], **row))
+
+
+# ---- model -------------------------------------------------------------------------------------------------
+def model_flops(model, size, predictions=1) -> float:
+    """FLOP (1 MAC = 2) of the forward pass of one size x size image with so many predictions."""
+    c, width, queries = model.encoder.config, model.encoder.width, model.config["num_queries"]
+    patches, total = (size // c["patch"]) ** 2, 2 * size**2 * 3 * width
+    for i in range(c["depth"]):
+        tokens = patches + model.encoder.prefix + (queries if i >= c["depth"] - model.num_blocks else 0)
+        total += 2 * tokens * width * (4 * width + c["ffn"] * (3 if c["swiglu"] else 2) + 2 * tokens)
+    cells = patches * 4 ** len(model.upscale)
+    heads = 2 * queries * width * (3 * width + model.config["num_classes"] + 1 + cells)
+    upscale = sum(2 * patches * 4**k * width * (4 * width + 36) for k in range(len(model.upscale)))
+    return total + predictions * (heads + upscale)
+
+
+def build(run, size):
+    """Our model and, where transformers is installed, theirs with the same weights."""
+    row = {"patch": 16, **eomt.ENCODERS[run.encoder]}
+    if size % row["patch"]:
+        raise ValueError(f"--size {size}: no multiple of the patch size; take a multiple of {row['patch']}")
+    model = eomt.EoMT(eomt.ViT(**row, grid=(size // row["patch"],) * 2), 133, 20 if run.quick else 200)
+    transformers, theirs = optional("transformers"), None
+    if transformers:
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        with tempfile.TemporaryDirectory() as folder:
+            eomt.save_hf(folder, model)
+            theirs = transformers.AutoModelForUniversalSegmentation.from_pretrained(folder).to(run.device)
+    return model.to(run.device), theirs
+
+
+@torch.no_grad()
+def bench_network(run, size, batch):
+    """The network alone, with bf16 weights on CUDA; the reference is ours in float64."""
+    model, theirs = build(run, size)
+    make = partial(torch.randint, 256, (batch, 3, size, size), dtype=torch.uint8, device=run.device)
+    images = [make() for _ in range(3)]  # 3 x (B, 3, S, S)
+    want = copy.deepcopy(model).eval().double()(images[0][:1])[-1]
+    dtype = torch.bfloat16 if run.cuda else torch.float32
+    model = model.eval().to(dtype)
+    pixels = [(x.to(dtype) / 255 - model.mean) / model.std for x in images]  # 3 x (B, 3, S, S)
+    networks = {"ours": (lambda x: model(x)[-1], images), "transformers Eomt": None}
+    if theirs is not None:
+        theirs, fields = theirs.eval().to(dtype), ("masks_queries_logits", "class_queries_logits")
+        networks["transformers Eomt"] = (lambda x: itemgetter(*fields)(theirs(pixel_values=x))), pixels
+    calls, errors, work = {}, {}, batch * model_flops(model, size)
+    for name, network in networks.items():
+        calls |= {f"{name}, compiled": "CUDA only", name: "not installed"}
+        if network is not None:
+            call, inputs = network
+            calls[name] = lambda i, f=call, x=inputs: f(x[i % 3])
+            errors[name] = distance([out[:1] for out in call(inputs[0])], want)
+            if run.cuda:
+                fast = torch.compile(call, mode="reduce-overhead")
+                calls[f"{name}, compiled"] = lambda i, f=fast, x=inputs: f(x[i % 3])
+    case = f"network, {run.encoder} {size}, batch {batch}, {dtype}"
+    compare(run, case, calls, work, "GFLOP/s", work / PEAK, errors)
+
+
+def bench_processing(run):
+    """A 480 x 640 photo to the network's input; logits with 20 certain queries to its panoptic map."""
+    size, shape, queries = run.size[0], (480, 640), 30 if run.quick else 200
+    photo, window, side = torch.randint(256, (3, *shape), dtype=torch.uint8), (size, size), size // 4
+    content, thing, logits = eomt.fit(shape, window), [k < 10 for k in range(133)], []
+    for _ in range(3):
+        inside = torch.from_numpy(regions(20, side, side)) == torch.arange(20)[:, None, None]  # (20, mh, mw)
+        masks = torch.randn(queries, side, side) - 4  # (Q, mh, mw)
+        classes = torch.randn(queries, 134)  # (Q, K+1)
+        masks[:20] += 8 * inside
+        classes[:20, :20] += 15 * torch.eye(20)
+        logits.append((masks.to(run.device), classes.to(run.device)))
+    padding, name, errors = (0, size - content[1], 0, size - content[0]), "transformers", {}
+    before = {"ours": lambda i: F.pad(eomt.resize(photo, content), padding), name: "not installed"}
+    after = {"ours": lambda i: eomt.panoptic(*logits[i % 3], window, content, shape, thing)}
+    after[name] = "not installed"
+    if module := optional("transformers.models.eomt.image_processing_pil_eomt"):
+        sides = dict(shortest_edge=size, longest_edge=size)
+        processor = module.EomtImageProcessorPil(size=sides, do_pad=True)
+        before[name] = lambda i: processor(photo, return_tensors="pt")
+        outputs = [SimpleNamespace(masks_queries_logits=m[None], class_queries_logits=c[None])
+                   for m, c in logits]
+        after[name] = lambda i: processor.post_process_panoptic_segmentation(
+            outputs[i % 3], [shape], stuff_classes=list(range(10, 133)))[0]["segmentation"]
+        errors["ours"] = (after["ours"](0).ids != after[name](0) + 1).float().mean().item()
+    compare(run, f"pre-processing, 480 x 640 photo to {size}", before, 1)
+    compare(run, f"post-processing, {size} to a panoptic map of 480 x 640, 20 of {queries} queries kept; "
+            "error: share of other pixels", after, 1, errors=errors)
+
+
+# ---- train -------------------------------------------------------------------------------------------------
+def bench_loss(run):
+    """Set loss of 5 layers, batch 4, 200 queries, 20 targets: forward + backward."""
+    layers, batch, queries, count, side = (2, 2, 20, 4, 16) if run.quick else (5, 4, 200, 20, 160)
+    make = partial(torch.randn, device=run.device, requires_grad=True)
+    predictions = [eomt.Prediction(make(batch, queries, side, side), make(batch, queries, 134))
+                   for _ in range(layers)]
+    leaves, criterion = [x for p in predictions for x in p], SetLoss(133)
+    ids = [regions(count, 4 * side, 4 * side) == np.arange(count)[:, None, None] for _ in range(3 * batch)]
+    targets = [data.Target.from_masks(masks, np.arange(count)).to(run.device) for masks in ids]
+    targets = [targets[i:i + batch] for i in range(0, 3 * batch, batch)]
+    losses = {"ours": lambda i: criterion(predictions, targets[i % 3])["loss"]}
+    calls = {"ours": None, "transformers Mask2FormerLoss": "not installed"}
+    if transformers := optional("transformers"):
+        module = importlib.import_module("transformers.models.mask2former.modeling_mask2former")
+        oracle = module.Mask2FormerLoss(transformers.Mask2FormerConfig(num_labels=133), {}).to(run.device)
+        truth = [[[t.masks().float() for t in part], [t.labels for t in part]] for part in targets]
+        others = [dict(masks_queries_logits=m, class_queries_logits=c) for m, c in predictions[1:]]
+        losses["transformers Mask2FormerLoss"] = lambda i: sum(  # its weights are applied outside it
+            value * (2 if "cross_entropy" in key else 5)
+            for key, value in oracle(*predictions[0], *truth[i % 3], others).items())
+    calls |= {name: lambda i, f=f: torch.autograd.grad(f(i), leaves) for name, f in losses.items()}
+    errors = {name: abs(f(0).item() / losses["ours"](0).item() - 1) for name, f in losses.items()}
+    compare(run, f"set loss, {layers} layers, batch {batch}, {queries} queries, {count} targets, forward + "
+            "backward; error: of the total to ours on other random points", calls, batch, errors=errors)
+
+
+def bench_step(run, size, batch):
+    """A training step with masked attention: all of it in parts, and without data and optimiser against
+    transformers' model and loss."""
+    model, theirs = build(run, size)
+    optimizer = torch.optim.AdamW(model.train().parameters(), 1e-4, fused=run.cuda)
+    criterion, now, stack = SetLoss(133), SimpleNamespace(), contextlib.ExitStack()
+    cast = partial(torch.autocast, run.device.type, torch.bfloat16, enabled=run.cuda)
+    batches = data.loader(open_photos(run, stack, size), batch, 10**6)
+    if run.cuda:
+        model.compile()
+
+    def load(i):
+        part = next(batches)
+        now.images, now.targets = part.images.to(run.device), [t.to(run.device) for t in part.targets]
+
+    def forward(i):
+        with cast():
+            now.predictions = model(now.images, torch.ones(model.num_blocks, device=run.device))
+
+    def loss(i):
+        now.loss = criterion(now.predictions, now.targets)["loss"]
+
+    def optimise(i):
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    parts = dict(data=load, forward=forward, loss=loss)
+    parts |= dict(backward=lambda i: now.loss.backward(), optimiser=optimise)
+    with stack:
+        laps = [[clock(run, part, 0) for part in parts.values()] for _ in range(4 if run.quick else 8)][2:]
+    whole = [(sum(s for s, _ in lap), max(p for _, p in lap) if run.cuda else None) for lap in laps]
+    case = f"training step, {run.encoder} {size}, batch {batch}, data loaded in this process"
+    floor = 3 * batch * model_flops(model, size, model.num_blocks + 1) / PEAK  # backward = 2 x forward
+    print(f"\n**{case}**\n\n{TABLE}")
+    show(run, case, "whole", whole, None, batch, floor=floor)
+    for name, lap in zip(parts, zip(*laps, strict=True), strict=True):
+        share = 100 * statistics.median(a / b for (a, _), (b, _) in zip(lap, whole, strict=True))
+        show(run, case, f"{name}, {share:.0f} %", lap)
+    calls = {"ours": lambda i: [part(i) for name, part in parts.items() if name not in ("data", "optimiser")],
+             "transformers Eomt": "not installed", "transformers Eomt, compiled": "CUDA only"}
+    if theirs is not None:
+        theirs.train().attn_mask_probs.fill_(1)
+        truth = dict(pixel_values=(now.images.float() / 255 - model.mean) / model.std,
+                     mask_labels=[t.masks().float() for t in now.targets],
+                     class_labels=[t.labels for t in now.targets])
+
+        def rival(i, network=theirs):
+            with cast():
+                total = network(**truth).loss
+            total.backward()
+
+        calls["transformers Eomt"] = rival
+        if run.cuda:
+            calls["transformers Eomt, compiled"] = partial(rival, network=torch.compile(theirs))
+    title = f"forward + loss + backward, {run.encoder} {size}, batch {batch}"
+    compare(run, title, calls, batch, floor=floor)
+
+
+# ---- data --------------------------------------------------------------------------------------------------
+def open_photos(run, stack, size, jitter=False) -> data.SegmentDataset:
+    """Training crops of --data, else of procedural photos with the pixels of 480 x 640."""
+    folder, task = run.data, "auto"
+    if not folder:
+        folder, task = stack.enter_context(tempfile.TemporaryDirectory()), "shapes"
+        data.write_shapes(folder, vocab.SHAPES, 4 if run.quick else 24, 1, size=560)
+    return data.SegmentDataset(folder, task, "train", data.Augment(size, color_jitter=jitter))
+
+
+def mask_by_mask(dataset, key):
+    """The usual pipeline in plain Pillow and numpy: the picture and one 0/1 mask per segment, each flipped,
+    resized, padded and cropped by itself; from a panoptic data set."""
+    (epoch, index, seed), source, augment, Image = key, dataset.source, dataset.transform, data.Image
+    rng, rows = np.random.default_rng((seed, epoch, index)), slice(*source.table["start"][index:index + 2])
+    picture = Image.open(io.BytesIO(source.images.read(source.members[index]))).convert("RGB")
+    png = np.array(Image.open(io.BytesIO(source.pngs.read(source.png_members[index])))).astype(np.int64)
+    ids = png[..., 0] + 256 * png[..., 1] + 65536 * png[..., 2]  # (H, W)
+    window = augment.draw(picture.height, picture.width, rng)
+
+    def place(image, resample):
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if window.flip else image
+        image = image.resize((window.width, window.height), resample)
+        canvas = Image.new(image.mode, (max(augment.size, image.width), max(augment.size, image.height)))
+        canvas.paste(image)
+        box = window.left, window.top, window.left + augment.size, window.top + augment.size
+        return torch.from_numpy(np.array(canvas.crop(box)))
+
+    image = place(data.jitter(picture, rng), Image.Resampling.BILINEAR).permute(2, 0, 1).contiguous()
+    masks = [Image.fromarray(ids == k) for k in source.table["id"][rows].tolist()]
+    masks = torch.stack([place(mask, Image.Resampling.NEAREST) for mask in masks])  # (T, S, S)
+    return image, masks[masks.flatten(1).any(1)]
+
+
+def bench_data(run, size, batch):
+    """Training crops with colour jitter, in this process, on the same random windows."""
+    with contextlib.ExitStack() as stack:
+        dataset = open_photos(run, stack, size, jitter=True)
+        stream = data.loader(dataset, batch, 10**6)
+        calls = {"ours": lambda i: next(stream), "mask by mask": lambda i: [
+            mask_by_mask(dataset, key) for key in data.positions(len(dataset), batch, 0, i)]}
+        if dataset.task.layout != "coco_panoptic":
+            calls["mask by mask"] = "panoptic data only"
+        title = f"{batch} training crops of {size} from {run.data or 'procedural photos'}, one core"
+        compare(run, title, calls, batch)
+
+
+# ---- metrics -----------------------------------------------------------------------------------------------
+def quietly(call):
+    """`call` without what it prints."""
+
+    def inner(i):
+        with contextlib.redirect_stdout(io.StringIO()):
+            return call(i)
+
+    return inner
+
+
+def compare_scores(run, case, calls, count):
+    """As compare, for calls that return one number; the error is to ours."""
+    scores = {name: call(0) for name, call in calls.items() if callable(call)}
+    compare(run, case, calls, count, errors={name: abs(s - scores["ours"]) for name, s in scores.items()})
+
+
+def bench_pq(run):
+    """Panoptic quality; the rivals also read the maps from PNG files."""
+    count, sides, thing = 4 if run.quick else 200, {"pred": [], "true": []}, [k < 3 for k in range(5)]
+    for k in range(count):
+        true = regions(15, 480, 640).astype(np.int32) + 1 if k < 20 else sides["true"][k - 20][0]  # (H, W)
+        for name, ids in (("true", true), ("pred", np.roll(true, (k % 9, k % 7), (0, 1)))):
+            sides[name].append((ids, [dict(id=s, category_id=s % 5, iscrowd=0, area=int((ids == s).sum()))
+                                      for s in np.unique(ids).tolist()]))
+
+    def ours(i):
+        metric = metrics.PanopticQuality(thing)
+        for pred, true in zip(*sides.values(), strict=True):
+            metric.update(*pred, *true)
+        return metric.compute()["PQ"]
+
+    with tempfile.TemporaryDirectory() as folder:
+        files = []
+        for name in ("true", "pred"):
+            os.mkdir(f"{folder}/{name}")
+            rows = []
+            for k, (ids, segments) in enumerate(sides[name]):
+                data.write_ids(ids, f"{folder}/{name}/{k}.png")
+                rows.append(dict(image_id=k, file_name=f"{k}.png", segments_info=segments))
+            files.append(Path(folder, f"{name}.json"))
+            files[-1].write_text(json.dumps(dict(
+                images=[dict(id=k, height=480, width=640) for k in range(count)], annotations=rows,
+                categories=[dict(id=k, name=str(k), isthing=int(t)) for k, t in enumerate(thing)])))
+            calls = {"ours": ours, "hotcoco": "not installed", "panopticapi": "not installed"}
+        for name, module in zip(list(calls)[1:], ("hotcoco.panoptic", "panopticapi.evaluation"), strict=True):
+            if found := optional(module):
+                calls[name] = quietly(lambda i, f=found: f.pq_compute(*map(str, files))["All"]["pq"])
+        compare_scores(run, f"PQ of {count} maps 480 x 640", calls, count)
+
+
+def bench_miou(run):
+    """Mean IoU of maps of 19 classes."""
+    (height, width), count = ((256, 512), 2) if run.quick else ((1024, 2048), 20)
+    maps = [[regions(19, height, width) for _ in range(2)] for _ in range(2)]
+
+    def evaluate(metric, order):
+        for k in range(count):
+            metric.update(*maps[k % 2][::order])
+        return metric
+
+    ours = lambda i: evaluate(metrics.MeanIoU(19), 1).compute()["mIoU"]  # noqa: E731
+    calls = {"ours": ours, "hotcoco": "not installed"}
+    if hotcoco := optional("hotcoco"):
+        make = hotcoco.semantic.SemanticEval
+        calls["hotcoco"] = lambda i: evaluate(make(19), -1).report()["metrics"]["mIoU"]
+    compare_scores(run, f"mIoU of {count} maps {height} x {width}", calls, count)
+
+
+def bench_ap(run):
+    """Mask AP from RLE: 30 detections and 8 objects an image."""
+    rng, count, images, objects, results = np.random.default_rng(0), 5 if run.quick else 100, [], [], []
+    codes = [metrics.rle_encode(regions(8, 480, 640) == k) for k in range(8) for _ in range(10)]
+    for k in range(count):
+        masks, labels = [codes[p] for p in rng.integers(80, size=38)], rng.integers(20, size=38).tolist()
+        scores, area = rng.random(30).tolist(), [int(metrics.rle_decode(mask).sum()) for mask in masks[30:]]
+        images.append((dict(masks=masks[:30], scores=scores, labels=labels[:30]),
+                       dict(masks=masks[30:], labels=labels[30:], area=area)))
+        rows = [dict(image_id=k, category_id=c, segmentation=m) for c, m in zip(labels, masks, strict=True)]
+        results += [dict(row, score=score) for row, score in zip(rows[:30], scores, strict=True)]
+        objects += [dict(row, id=8 * k + j + 1, area=area[j], bbox=[0, 0, 1, 1], iscrowd=0)
+                    for j, row in enumerate(rows[30:])]
+
+    def ours(i):
+        metric = metrics.MaskAP(20)
+        for k, (found, truth) in enumerate(images):
+            metric.update(found, truth, f"{k:09}")
+        return metric.compute()["AP"]
+
+    def official(i, truth, evaluation):
+        done = evaluation(truth, truth.loadRes(copy.deepcopy(results)), "segm")
+        done.evaluate()
+        done.accumulate()
+        done.summarize()
+        return done.stats[0]
+
+    calls, modules = {"ours": ours}, {"pycocotools": ("pycocotools.coco", "pycocotools.cocoeval"),
+                                      "hotcoco": ("hotcoco", "hotcoco")}
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        path, categories = Path(folder, "true.json"), [dict(id=k, name=str(k)) for k in range(20)]
+        frames = [dict(id=k, height=480, width=640) for k in range(count)]
+        path.write_text(json.dumps(dict(images=frames, annotations=objects, info={}, categories=categories)))
+        for name, (coco, evaluation) in modules.items():
+            calls[name] = "not installed"
+            if optional(coco):
+                calls[name] = quietly(partial(official, truth=optional(coco).COCO(str(path)),
+                                              evaluation=optional(evaluation).COCOeval))
+    compare_scores(run, f"mask AP of {count} images, 30 detections, 8 objects each, from RLE", calls, count)
+
+
+# ---- main --------------------------------------------------------------------------------------------------
+# Cases of every size and batch, cases run once, (encoder, sizes, batches) on CUDA, the same on a CPU.
+LARGE, SMALL = "dinov2_large", "dinov2_small"
+SUBJECTS = {
+    "kernels": ([bench_attention], [ahead_of_time], (LARGE, [640], [4]), (SMALL, [224, 640], [1])),
+    "model": ([bench_network], [bench_processing], (LARGE, [640], [1, 8]), (SMALL, [224], [1, 8])),
+    "train": ([bench_step], [bench_loss], (LARGE, [640], [4]), (SMALL, [224], [4])),
+    "data": ([bench_data], [], (LARGE, [640], [8]), (LARGE, [640], [8])),
+    "metrics": ([], [bench_pq, bench_miou, bench_ap], (LARGE, [640], [8]), (LARGE, [640], [8])),
+}
+
+
+def parser():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    p.add_argument("subject", choices=SUBJECTS)
+    p.add_argument("--encoder", choices=eomt.ENCODERS)
+    p.add_argument("--size", type=int, nargs="+", help="pixels of a side, one or more")
+    p.add_argument("--batch", type=int, nargs="+", help="images of a call, one or more")
+    p.add_argument("--data", help="a data folder for train and data (default: procedural photos)")
+    p.add_argument("--json", help="also write the rows to this file")
+    p.add_argument("--threads", type=int, default=1, help="CPU threads")
+    p.add_argument("--quick", action="store_true", help="small shapes, seconds")
+    return p
+
+
+def main():
+    run = parser().parse_args()
+    run.cuda, run.rows = torch.cuda.is_available(), []
+    run.device = torch.device("cuda" if run.cuda else "cpu")
+    torch.set_num_threads(run.threads)
+    os.environ.setdefault("RAYON_NUM_THREADS", str(run.threads))  # hotcoco's
+    each, once, gpu, cpu = SUBJECTS[run.subject]
+    encoder, size, batch = ("tiny", [64], [2]) if run.quick else gpu if run.cuda else cpu
+    run.encoder, run.size, run.batch = run.encoder or encoder, run.size or size, run.batch or batch
+    triton = optional("triton")
+    about = dict(command=f"python bench.py {' '.join(sys.argv[1:])}",
+                 gpu=torch.cuda.get_device_name() if run.cuda else "none", torch=torch.__version__,
+                 triton=triton.__version__ if triton else "not installed",
+                 cpu=f"{platform.machine()}, {run.threads} thread(s)")
+    print("\n".join(f"{key}: {value}" for key, value in about.items()), flush=True)
+    try:
+        if run.json:
+            Path(run.json).touch()  # a wrong path is known now, not after the measuring
+        torch.manual_seed(0)
+        for case, shape in ((case, (s, b)) for case in each for s in run.size for b in run.batch):
+            case(run, *shape)
+        for case in once:
+            case(run)
+        if run.json:
+            Path(run.json).write_text(json.dumps(dict(**about, rows=run.rows), indent=1))
+    except (ValueError, OSError) as fault:
+        sys.exit(f"error: {str(fault).splitlines()[0]}")
+
+
+if __name__ == "__main__":
+    main()

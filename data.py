@@ -21,6 +21,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import struct
 import sys
 import tarfile
@@ -1195,6 +1196,12 @@ def _alive(batches):
         raise RuntimeError(f"a data worker died ({reason}); use fewer --workers, or more memory") from None
 
 
+def _deaf(worker: int):
+    """A data process outlives Ctrl-C and a signal to the whole group: its parent ends it, after saving."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def loader(dataset: SegmentDataset, batch_size: int, steps: int, seed: int = 0, start_step: int = 0,
            rank: int = 0, world: int = 1, device_batch: int | None = None, workers: int = 0,
            context: str | None = None, pin: bool = False) -> Iterator[Batch]:
@@ -1216,7 +1223,7 @@ def loader(dataset: SegmentDataset, batch_size: int, steps: int, seed: int = 0, 
 
     batches = torch.utils.data.DataLoader(
         dataset, batch_sampler=keys(), collate_fn=pack, num_workers=workers, pin_memory=pin,
-        multiprocessing_context=context if workers else None)
+        worker_init_fn=_deaf, multiprocessing_context=context if workers else None)
     return map(_batch, _alive(batches))
 
 
@@ -1224,7 +1231,8 @@ def eval_loader(dataset: SegmentDataset, rank: int = 0, world: int = 1, workers:
                 batch_size: int = 1, limit: int | None = None) -> Iterator[list[Sample]]:
     """Lists of up to `batch_size` samples, each of its own size: images rank, rank + world, and on."""
     mine = torch.utils.data.Subset(dataset, range(len(dataset))[:limit][rank::world])
-    batches = torch.utils.data.DataLoader(mine, batch_size, collate_fn=pack, num_workers=workers)
+    batches = torch.utils.data.DataLoader(mine, batch_size, collate_fn=pack, num_workers=workers,
+                                          worker_init_fn=_deaf)
     return map(unpack, _alive(batches))
 
 

@@ -127,6 +127,8 @@ class ViT(nn.Module):
         self.width, self.patch, self.prefix, self.rope = width, patch, 1 + registers, rope
         self.grid = tuple(grid)
         self.patch_embed = nn.Conv2d(3, width, patch, patch)
+        # DINOv3 trains on coordinates stretched at random, one factor a step: the trainer sets it.
+        self.register_buffer("rope_scale", torch.ones(()), persistent=False)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.reg_token = nn.Parameter(torch.zeros(1, registers, width))
         self.pos_embed = None if rope else nn.Parameter(torch.zeros(1, grid[0] * grid[1], width))
@@ -153,6 +155,8 @@ class ViT(nn.Module):
             return attend
         head = self.width // self.config["heads"]
         angles = rope_angles(grid, head, self.rope, self.norm.weight.device)  # (h*w, hd)
+        if self.training:
+            angles = angles * self.rope_scale  # (h*w, hd)
         return partial(_attend_rotated, angles.cos(), angles.sin(), attend)
 
 
@@ -381,8 +385,8 @@ class OpenVocabEoMT(EoMT):
 
     def shared(self, states, grid):
         """What the encoder and its teacher have in common: tokens before the first block that trains."""
-        trains = (i for i, b in enumerate(self.encoder.blocks) if any(p.requires_grad for p in b.parameters()))
-        first = next(trains, 0)
+        trains = [any(p.requires_grad for p in block.parameters()) for block in self.encoder.blocks]
+        first = trains.index(True) if True in trains else 0
         return states[first], grid, first
 
     @torch.no_grad()
@@ -439,7 +443,7 @@ class OpenVocabEoMT(EoMT):
         z = F.adaptive_avg_pool2d(masks.float(), grid).flatten(2)  # (B, Q, h*w)
         return self.class_head(queries, map_pool(self.encoder, patches, z, self.gamma, self.pool))
 
-    def set_classes(self, names, thing=None, prompts=None, seen=None, weights=None, tokenizer=None, cache=None):
+    def set_classes(self, names, thing=None, prompts=None, seen=None, weights="", tokenizer="", cache=None):
         """Swaps the vocabulary. names: K strings; thing, seen: K bools, default all and none; prompts: per
         class, per synonym, the texts to average, default the names in the templates of training; weights:
         the text tower, default that of training. Raises ValueError for another tower's text."""
@@ -452,8 +456,8 @@ class OpenVocabEoMT(EoMT):
         head = self.class_head
         ours = torch.stack([head.logit_scale, head.logit_bias]).cpu()
         if rows.shape[1] != head.rows.shape[1] or not torch.allclose(torch.cat([scale, bias]), ours, 1e-4):
-            raise ValueError(f"{weights}: the text tower of another SigLIP 2 than this model's (width "
-                             f"{rows.shape[1]} for {head.rows.shape[1]}, or another scale); give the right one")
+            raise ValueError(f"{weights}: the text tower of another SigLIP 2 than this model's (its width is "
+                             f"{rows.shape[1]}, here {head.rows.shape[1]}, or its scale); give the right one")
         head.set_classes(rows, owner, [False] * len(names) if seen is None else seen)
         self.config["num_classes"] = len(names)
         self.meta |= dict(names=list(names), ids=list(range(1, len(names) + 1)),
@@ -730,9 +734,11 @@ def damaged(folder: Path) -> str | None:
 
 
 def _json(path):
+    if path.stat().st_size > 1 << 26:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes, no configuration is so long; download it again")
     try:
         return json.loads(path.read_text())
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{path}: damaged JSON; copy or download it again") from None
 
 
@@ -748,8 +754,9 @@ def find(path: str | Path) -> Path:
     if not path.is_dir():
         return path
     steps = sorted((p for p in path.glob("step-*") if p.name[5:].isdigit()), key=lambda p: -int(p.name[5:]))
-    faults = []
-    for folder in (path, path / "best", *steps):
+    faults, best = [], path / "best"
+    # While training replaces best/, the old one is there under its other name; it may be back a moment later.
+    for folder in (path, best, path / ".old-best", best, *steps):
         weights = next((folder / name for name in _FILES if (folder / name).exists()), None)
         if weights is None:
             continue
@@ -789,28 +796,50 @@ def _raw(path: Path) -> tuple[dict[str, Tensor], dict]:
         if re.match(sign, head, re.IGNORECASE):
             raise ValueError(f"{path}: the file is {what}, not weights; download it again")
     if path.name.endswith(".index.json"):
-        shards = sorted(set(_json(path).get("weight_map", {}).values()))
-        return {k: v for shard in shards for k, v in _raw(path.parent / shard)[0].items()}, {}
+        return {k: v for shard in _shards(path) for k, v in _raw(path.parent / shard)[0].items()}, {}
     return _tensors(path)
+
+
+def _shards(path):
+    """The weight files that an index names: plain names beside it, nothing else."""
+    table = _json(path)
+    names = table.get("weight_map") if isinstance(table, dict) else None
+    names = list(names.values()) if isinstance(names, dict) else [None]
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*\.(safetensors|bin)", name):
+            raise ValueError(f"{path}: {name!r} is no weight file beside it; download it again")
+    return sorted(set(names))
+
+
+def unpickle(path: Path):
+    """What torch.save wrote, tensors and plain values only. Raises ValueError for code and for damage."""
+    if torch.__version__ < "2.10":
+        raise ValueError(f"{path}: a pickle, which torch {torch.__version__} may not read safely; install 2.10")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, LookupError, RuntimeError, EOFError, OSError, ValueError, TypeError,
+            AttributeError, AssertionError) as e:  # all that its reader of hostile bytes may run into
+        if re.search(r"unsupported (global|class)|instantiate|not allowed", str(e).lower()):
+            raise ValueError(f"{path}: refused: holds code; ask its author for safetensors") from None
+        raise ValueError(f"{path}: cut or damaged file ({type(e).__name__}); copy or download it again") from None
 
 
 def _tensors(path):
     from safetensors import SafetensorError, safe_open
 
-    try:
-        if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors":
+        try:
             with safe_open(str(path), "pt") as file:
                 header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
                 return {key: file.get_tensor(key) for key in file.keys()}, header
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as e:
-        if re.search(r"unsupported (global|class)|instantiate|not allowed", str(e).lower()):
-            raise ValueError(f"{path}: refused: holds code; ask its author for safetensors") from None
-        fault = f"cut or damaged file ({type(e).__name__}); copy or download it again"
-        raise ValueError(f"{path}: {fault}") from None
+        except (SafetensorError, RuntimeError, ValueError, KeyError) as e:
+            fault = f"cut or damaged file ({type(e).__name__}); copy or download it again"
+            raise ValueError(f"{path}: {fault}") from None
+    state = unpickle(path)
     if isinstance(state, dict):
         state = state.get("state_dict", state)  # Lightning keeps it one level down
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+            isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
         raise ValueError(f"{path}: holds other things than tensors by name; export a state dict")
     return state, {}
 
@@ -835,6 +864,19 @@ def _rename(raw, path) -> tuple[dict[str, Tensor], dict[str, str]]:
         parts[name][part], origin[name] = value, key
     rope = "encoder.pos_embed" not in parts
     return {name: _join(name, found, rope, f"{path}!{origin[name]}") for name, found in parts.items()}, origin
+
+
+def _note(raw, origin, path):
+    """Says what reading a foreign file has changed."""
+    strips = [word for word in ("module.", "_orig_mod.", "network.") if any(word in key for key in raw)]
+    notes = [f"{', '.join(strips)} stripped from names"] if strips else []
+    if any("layers." in key or "layer." in key for key in origin.values()):
+        notes.append("Hugging Face names made ours")
+    dtypes = {str(value.dtype).removeprefix("torch.") for value in raw.values() if value.is_floating_point()}
+    if dtypes - {"float32"}:
+        notes.append(f"{', '.join(sorted(dtypes - {'float32'}))} made float32")
+    if notes:
+        print(f"note: {path}: {'; '.join(notes)}", file=sys.stderr)
 
 
 def _join(name, parts, rope, where):
@@ -898,11 +940,12 @@ def read(path: str | Path, base: str | Path | None = None) -> tuple[dict, dict[s
         raise ValueError(f"{path}!{bad[0]}: NaN or Inf in {len(bad)} tensor(s); use another checkpoint")
     _check_base(path, raw, base)
     if header:
-        return header["config"], raw, header["meta"]
+        return _checked(header, raw, path)
     hints = {}
     if path.suffix != ".bin" and (path.parent / "config.json").exists():
         hints = _json(path.parent / "config.json")
     state, origin = _rename(raw, path)
+    _note(raw, origin, path)
     if "encoder.patch_embed.weight" not in state:
         raise ValueError(f"{path}: no EoMT, DINOv2 or DINOv3 ({len(raw)} keys, e.g. {next(iter(raw), '-')}); "
                          "give an EoMT checkpoint")
@@ -914,6 +957,29 @@ def read(path: str | Path, base: str | Path | None = None) -> tuple[dict, dict[s
     if base is not None:
         _add_base(config, state, base)
     return config, state, {"origin": origin}
+
+
+def _checked(header, raw, path):
+    """(config, state, meta) of a header of ours, whose model, built without memory, has the file's shapes."""
+    try:
+        config, meta = dict(header["config"]), dict(header["meta"])
+        said = [config["encoder"]["width"], len(raw) >= max(config["encoder"]["depth"], config["num_blocks"])]
+        found = [len(raw["encoder.norm.weight"]), True]
+        if "open" in config:
+            said += [config["open"]["rows"], config["open"]["text_width"], config["num_classes"]]
+            found += [*raw["class_head.rows"].shape, len(raw["class_head.seen"])]
+            said.append(raw["class_head.owner"].unique().tolist())  # every class has a row, and none beyond
+            found.append(list(range(len(raw["class_head.seen"]))))
+        if said != found or config["encoder"]["width"] % config["encoder"]["heads"]:
+            raise ValueError("sizes that its tensors do not have")
+        with torch.device("meta"):
+            model = build(config)
+    except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError,
+            ArithmeticError) as e:  # whatever a constructor meets in values nobody has chosen
+        raise ValueError(f"{path}: its header describes no model ({type(e).__name__}: {str(e)[:80]!r}); "
+                         "copy or download it again") from None
+    _compare(model.state_dict(), raw, path, {})
+    return config, raw, meta
 
 
 def _check_base(path, raw, base):
@@ -955,8 +1021,9 @@ def build(config: dict) -> EoMT:
 
     tower, count = VisionTower(**encoder), config.pop("num_classes")
     rows, width, adapters = (options.pop(key) for key in ("rows", "text_width", "adapters"))
-    owner = torch.arange(rows).clamp(max=count - 1)
-    head = OpenVocabHead(tower.width, torch.zeros(rows, width), owner, [False] * count, 0.0, 0.0)
+    with torch.device("cpu"):  # also where the rest is built on "meta": the head looks into its tables
+        owner = torch.arange(rows).clamp(max=count - 1)
+        head = OpenVocabHead(tower.width, torch.zeros(rows, width), owner, [False] * count, 0.0, 0.0)
     model = OpenVocabEoMT(tower, head, **config, **options)
     if adapters:
         model.adapt(**adapters)
@@ -965,17 +1032,22 @@ def build(config: dict) -> EoMT:
 
 def fill(model: nn.Module, state: dict[str, Tensor], path, origin=None, skip: tuple[str, ...] = ()):
     """Strict load: one error names missing, unexpected and misshapen keys, but for the prefixes `skip`."""
-    own, origin = model.state_dict(), origin or {}
     state = {k: v for k, v in state.items() if not k.startswith(skip or "\0")}
-    own = {k: v for k, v in own.items() if not k.startswith(skip or "\0")}
+    own = {k: v for k, v in model.state_dict().items() if not k.startswith(skip or "\0")}
+    _compare(own, state, path, origin or {})
+    model.load_state_dict(state, strict=False)
+
+
+def _compare(own, state, path, origin):
     faults = [f"missing {k}" for k in own if k not in state]
     faults += [f"unexpected {origin.get(k, k)}" for k in state if k not in own]
     faults += [f"{origin.get(k, k)} has shape {tuple(v.shape)}, the model wants {tuple(own[k].shape)}"
                for k, v in state.items() if k in own and v.shape != own[k].shape]
+    faults += [f"{origin.get(k, k)} holds {v.dtype}, the model wants {own[k].dtype}" for k, v in state.items()
+               if k in own and v.is_floating_point() != own[k].is_floating_point()]
     if faults:
         more = f" and {len(faults) - 6} more" if len(faults) > 6 else ""
         raise ValueError(f"{path}: {'; '.join(faults[:6])}{more}; give the checkpoint of this model")
-    model.load_state_dict(state, strict=False)
 
 
 def load(path: str | Path, device="cpu", base: str | Path | None = None) -> EoMT:
@@ -1018,6 +1090,13 @@ def save(path: str | Path, model: EoMT, **meta):
         config["open"] = dict(config["open"], rows=rows, text_width=width, adapters=model.adapters)
     header = json.dumps(dict(config=config, meta=meta))
     _write(path, model.state_dict(), {_HEADER: header})
+
+
+def save_adapters(path: str | Path, model: OpenVocabEoMT):
+    """The LoRA adapters alone, a few MB."""
+    import lora
+
+    _write(path, lora.state_dict(model.encoder), {"format": "pt"})
 
 
 def _write(path, state, header):

@@ -3,6 +3,9 @@
     python eval.py --ckpt runs/quick --data runs/shapes
     python eval.py --ckpt coco_panoptic_eomt_large_640.bin --data /coco
     torchrun --nproc_per_node=4 eval.py --ckpt runs/x --data /coco --save-panoptic out/
+    python eval.py --ckpt runs/ov/B --data /coco --split ovp_val --sweep ov-bias=0,0.5,1     # open vocabulary
+    python eval.py --ckpt runs/ov/B --data /ade --task ade20k_panoptic                       # other classes
+    python eval.py --ckpt google/siglip2-large-patch16-512 --gt-masks --data /coco           # before training
 
 Ranks share the images without padding and merge exact counts, so N processes print the digits of one.
 Evaluation never skips an image: the score is of the whole set, or there is none.
@@ -26,6 +29,8 @@ from tqdm import tqdm
 import data
 import eomt
 import metrics
+import siglip2
+import vocab
 
 
 @dataclass
@@ -47,9 +52,13 @@ SHOWN = {
 }
 
 
+OPEN = ("PQ_all", "PQ_th", "PQ_st", "PQ_seen", "PQ_unseen", "PQ_unseen_th", "PQ_unseen_st", "hPQ", "SQ", "RQ")
+
+
 def line(result: Result) -> str:
     """The one line an evaluation ends with."""
-    text = " ".join(f"{key} {result.numbers[key]:.2f}" for key in SHOWN[result.headline])
+    shown = OPEN if "hPQ" in result.numbers else SHOWN[result.headline]
+    text = " ".join(f"{key} {result.numbers[key]:.2f}" for key in shown)
     return f"{text} images {result.images} in {result.seconds:.1f} s" + " (partial)" * result.partial
 
 
@@ -111,6 +120,21 @@ def make_metric(meta):
     return metrics.MaskAP(len(meta["names"])), add_instance, "AP", "AP"
 
 
+def split_groups(meta) -> dict[str, list[int]]:
+    """The classes of a split: seen, unseen, and the latter's things and stuff; {} without unseen ones."""
+    classes, seen = range(len(meta["names"])), meta.get("seen")
+    unseen = meta.get("unseen") or [k for k in classes if k not in (classes if seen is None else seen)]
+    if not unseen:
+        return {}
+    parts = {f"unseen_{name}": [k for k in unseen if meta["thing"][k] == flag]
+             for name, flag in (("th", True), ("st", False))}
+    return dict(seen=list(seen), unseen=list(unseen), **parts)
+
+
+def harmonic(a: float, b: float) -> float:
+    return 2 * a * b / (a + b) if a + b > 0 else 0.0
+
+
 def evaluate(model, dataset, rank=0, world=1, workers=0, limit=0, masked=False, exports=()) -> Result:
     """Numbers of `model` on `dataset` (data.SegmentDataset, no transform); `model.meta` says kind and names.
 
@@ -141,9 +165,171 @@ def evaluate(model, dataset, rank=0, world=1, workers=0, limit=0, masked=False, 
         states = [None] * world
         dist.all_gather_object(states, metric.state())
         metric.merge(states)
-    numbers = {key: percent(value) for key, value in metric.compute().items()}
+    groups = split_groups(meta) if meta["kind"] == "panoptic" else {}
+    numbers = metric.compute(groups) if groups else metric.compute()
+    if groups:
+        numbers |= {"PQ_all": numbers["PQ"], "hPQ": harmonic(numbers["PQ_seen"], numbers["PQ_unseen"])}
+    numbers = {key: percent(value) for key, value in numbers.items()}
     rows = [(meta["names"][row["class"]], percent(row[per_class])) for row in metric.per_class()]
     return Result(numbers, headline, rows, images, time.time() - began, images < len(dataset))
+
+
+# ---- Open vocabulary: true regions, calibration, sweeps ----------------------------------------------------
+# Ensemble scores of many classes are flat: no score threshold (as FC-CLIP), and masks may overlap more.
+THRESHOLDS = dict(score_threshold=0.0, overlap_threshold=0.6)
+FITTED_ON = 256  # validation images that `auto` looks at
+
+
+def windows(model, dataset, limit=0):
+    """(network input (1,3,S,S), true masks bool (T,S,S), labels (T,)) of images, crowds left out."""
+    side = model.meta["size"]
+    for index in range(min(limit or len(dataset), len(dataset))):
+        sample = dataset[index]
+        h, w = eomt.fit(sample.image.shape[1:], (side, side))
+        image = torch.zeros(1, 3, side, side, dtype=torch.uint8)  # (1, 3, S, S)
+        image[0, :, :h, :w] = eomt.resize(sample.image, (h, w))
+        masks = torch.zeros(len(sample.target.labels), side, side, dtype=torch.bool)  # (T, S, S)
+        if len(masks):
+            small = torch.nn.functional.interpolate(sample.target.masks()[None].float(), (h, w), mode="area")
+            masks[:, :h, :w] = small[0] >= 0.5
+        keep = ~sample.target.crowd & masks.flatten(1).any(1)  # (T,)
+        device = model.mean.device
+        yield image.to(device), masks[keep].to(device), sample.target.labels[keep].to(device)
+
+
+@torch.inference_mode()
+def probe_regions(model, dataset, limit=0) -> dict[str, dict[str, float]]:
+    """Per pooling mode the percentage of true masks that SigLIP 2 alone names right, by group of classes.
+
+    Nothing is trained for it; in real towers `mean` is at chance, for raw tokens are not in text space."""
+    head, thing = model.class_head, torch.tensor(model.meta["thing"])
+    hits, labels = {mode: [] for mode in ("map", "value", "mean")}, []
+    for image, masks, truth in windows(model, dataset, limit):
+        patches = model.encoder((image.float() / 255 - model.mean) / model.std)  # (1, h*w, C)
+        z = siglip2.grid_logits(masks, tuple(side // model.encoder.patch for side in image.shape[2:]))
+        for mode, rows in hits.items():
+            region = siglip2.map_pool(model.encoder, patches, z[None], mode=mode)  # (1, T, C_t)
+            rows.append(head.out_logits(region)[0].argmax(-1) == truth)
+        labels.append(truth)
+    label, seen = torch.cat(labels).cpu(), head.seen.cpu()
+    groups = {"things": thing[label], "stuff": ~thing[label], "seen": seen[label], "unseen": ~seen[label]}
+    score = {mode: torch.cat(rows).cpu().double() for mode, rows in hits.items()}
+    return {mode: {name: 100 * hit[rows].mean().item() for name, rows in groups.items() if rows.any()}
+            for mode, hit in score.items()}
+
+
+class Replay(torch.nn.Module):
+    """A model that keeps what its class head saw; over the same images again it only classifies."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.meta, self.num_blocks, self.mean = model, model.meta, model.num_blocks, model.mean
+        self.kept, self.at = [], 0
+
+    def forward(self, images, mask_prob=None):
+        head, seen = self.model.class_head, []
+        if self.at == len(self.kept):
+            hook = head.register_forward_hook(lambda module, inputs, output: seen.append(inputs))
+            masks = self.model(images, mask_prob)[-1].masks
+            hook.remove()
+            self.kept.append([tensor.cpu() for tensor in (masks, *seen[-1])])
+        masks, queries, region = (tensor.to(images.device) for tensor in self.kept[self.at])
+        self.at += 1
+        return [eomt.Prediction(masks, head(queries, region))]
+
+
+@torch.inference_mode()
+def seen_matches(model, dataset, limit=FITTED_ON):
+    """Logits in (n,K+1), out (n,K), labels (n,) of masks with IoU > 0.5 on a segment of a seen class."""
+    head, replay, rows = model.class_head, Replay(model).eval(), []
+    for image, truth, labels in windows(model, dataset, limit):
+        masks = replay(image)[-1].masks  # (1, Q, mh, mw)
+        _, queries, region = (tensor.to(image.device) for tensor in replay.kept.pop())
+        replay.at = 0
+        found = torch.nn.functional.interpolate(masks.float(), image.shape[2:], mode="bilinear")[0] > 0
+        found, truth = found.flatten(1).float(), truth.flatten(1).float()  # (Q, S*S), (T, S*S)
+        shared = truth @ found.T  # (T, Q)
+        iou = shared / (truth.sum(1)[:, None] + found.sum(1) - shared).clamp(min=1)  # (T, Q)
+        best, query = iou.max(1)
+        good = (best > 0.5) & head.seen[labels]  # (T,)
+        l_in, l_out = head.in_logits(queries)[0], head.out_logits(region)[0]  # (Q, K+1), (Q, K)
+        rows.append((l_in[query[good]], l_out[query[good]], labels[good]))
+    return tuple(torch.cat(column) for column in zip(*rows, strict=True))
+
+
+def calibrate(model, dataset, options) -> None:
+    """Sets the ensemble of `model` from options.ov_*; what is `auto` is fitted to seen masks of `dataset`."""
+    head, names = model.class_head, ("in", "out")
+    if options.ov_pool not in ("map", "value", "mean"):
+        raise ValueError(f"--ov-pool {options.ov_pool}: unknown; map, value or mean")
+    model.pool, training = options.ov_pool, model.training
+    model.eval()
+    head.calibrate()
+    values = dict(alpha=options.ov_alpha, beta=options.ov_beta, bias=options.ov_bias)
+    if options.ov_class_bias:
+        values["class_bias"] = class_bias(model, options.ov_class_bias)
+    if "auto" in (options.ov_temp, options.ov_reject):
+        l_in, l_out, labels = seen_matches(model, dataset)
+        if not len(labels):
+            raise ValueError("auto: no predicted mask fits a true one of a seen class; give numbers")
+    if options.ov_temp == "auto":
+        values |= {f"temp_{name}": siglip2.fit_temperature(logits[:, : len(head.seen)], labels)
+                   for name, logits in zip(names, (l_in, l_out), strict=True)}
+    else:
+        temps = number_list("--ov-temp", options.ov_temp, 2)
+        values |= {f"temp_{name}": temps[i % len(temps)] for i, name in enumerate(names)}
+    head.calibrate(**values)
+    if options.ov_reject == "auto":  # 5 % of the right masks are given up
+        values["reject"] = head.energy(l_out).quantile(0.05).item()
+    elif options.ov_reject:
+        values["reject"] = number_list("--ov-reject", options.ov_reject, 1)[0]
+    head.calibrate(**values)
+    model.meta["calibration"] = values
+    model.train(training)
+
+
+def number_list(flag: str, text: str, most: int) -> list[float]:
+    try:
+        values = [float(part) for part in str(text).split(",")]
+    except ValueError:
+        values = []
+    if not 1 <= len(values) <= most:
+        wanted = "a number" if most == 1 else "numbers with commas"
+        raise ValueError(f"{flag} {text}: not auto and not {wanted}; see --help")
+    return values
+
+
+def class_bias(model, source: str) -> list[float]:
+    """Logit adjustment of every class: by the training set's frequency, or a JSON list."""
+    head = model.class_head
+    if source == "auto":
+        counts = model.meta.get("counts") or []
+        if len(counts) != len(head.seen):
+            raise ValueError("--ov-class-bias auto: no class counts of this vocabulary; give a JSON file")
+        return siglip2.frequency_bias(torch.tensor(counts).float(), head.seen.cpu()).tolist()
+    try:
+        values = json.loads(Path(source).read_text())
+    except ValueError:
+        values = None
+    if not isinstance(values, list) or len(values) != len(head.seen):
+        raise ValueError(f"{source}: not a JSON list of {len(head.seen)} numbers, one a class")
+    return [float(value) for value in values]
+
+
+def sweep(model, dataset, args, rank, world) -> Result:
+    """A line per value of `--sweep ov-bias=0,0.5`; masks and embeddings are computed once."""
+    flag, _, listed = args.sweep.partition("=")
+    name, replay, result = flag.replace("-", "_"), Replay(model), None
+    if name not in ("ov_bias", "ov_alpha", "ov_beta", "ov_temp", "ov_reject") or not listed:
+        raise ValueError(f"--sweep {args.sweep}: write ov-bias=0,0.5,1, or ov-alpha, -beta, -temp, -reject")
+    for value in number_list("--sweep", listed, 1000):
+        setattr(args, name, value if name in ("ov_bias", "ov_alpha", "ov_beta") else str(value))
+        calibrate(model, dataset, args)
+        replay.at = 0
+        result = evaluate(replay, dataset, rank, world, args.workers, args.limit)
+        if rank == 0:
+            print(f"{flag} {value:g}: {line(result)}")
+    return result
 
 
 # ---- Exports in the layouts of the official tools ----------------------------------------------------------
@@ -226,6 +412,12 @@ class SemanticExport:
 EXPORTS = dict(panoptic=PanopticExport, instance=InstanceExport, semantic=SemanticExport)
 
 
+OV_OPTIONS = (("pool", str, "map, value or mean"), ("alpha", float, "region weight of seen classes"),
+              ("beta", float, "of unseen ones"), ("temp", str, "temperature, `in,out` or auto"),
+              ("bias", float, "subtracted from seen classes"), ("class-bias", str, "auto or a JSON list"),
+              ("reject", str, "energy below which a mask is void, or auto"))
+
+
 # ---- Command line ------------------------------------------------------------------------------------------
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -246,10 +438,82 @@ def parser() -> argparse.ArgumentParser:
         "--save-instance", default="", metavar="FILE", help="write COCO's instance results (RLE)"
     )
     top.add_argument("--save-semantic", default="", metavar="DIR", help="write label PNGs")
+    top.add_argument("--split", default="", help="unseen classes: " + ", ".join(vocab.SPLITS) + ", a file")
+    top.add_argument("--gt-masks", action="store_true", help="only name regions of true masks")
+    top.add_argument("--sweep", default="", metavar="ov-bias=0,0.5", help="a line per value")
+    top.add_argument("--text-weights", default="", help="SigLIP 2 with the text tower, for other classes")
+    top.add_argument("--tokenizer", default="", help="its tokenizer; default: in its folder")
+    top.add_argument("--templates", default="", help=", ".join(vocab.TEMPLATES) + "; default: training's")
+    for name, kind, what in OV_OPTIONS:
+        top.add_argument(f"--ov-{name}", type=kind, default=None, help=f"{what}; default: the checkpoint's")
     top.add_argument("--out", default="", help="write the numbers as JSON to this file")
     top.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return top
+
+
+def load_model(args) -> eomt.EoMT:
+    """The checkpoint's model; with --gt-masks a bare SigLIP 2 will do too."""
+    folder, names = Path(args.ckpt), ("tokenizer.json", "tokenizer.model")
+    folder = siglip2.fetch(folder) if args.gt_masks else folder
+    if not args.gt_masks or not any((folder / name).exists() for name in names):
+        return eomt.load(args.ckpt, args.device, args.base or None)
+    words = data.find_task(args.data, args.task or "auto").vocabulary
+    texts = vocab.prompts(words, templates=args.templates or "default")
+    text = siglip2.text_rows(args.text_weights or folder, args.tokenizer, texts)
+    tower = siglip2.load(folder, "vision")
+    count = len(words.names)
+    head = siglip2.OpenVocabHead(tower.width, *text[:2], [True] * count, *text[2:])
+    model = eomt.OpenVocabEoMT(tower, head, 1, 1)
+    model.meta = dict(size=tower.config["grid"] * tower.patch, text=str(folder), names=list(words.names),
+                      seen=list(range(count)), trained=[words.name, list(range(count))], languages="en")
+    return model.to(args.device).eval()
+
+
+def open_words(model, words, args) -> None:
+    """The vocabulary and its seen classes: another task's names take the place of the trained ones."""
+    meta = model.meta
+    if list(words.names) != list(meta["names"]):
+        name, indices = meta["trained"]
+        seen, unseen = vocab.overlap(vocab.VOCABULARIES[name], words, indices)
+        texts = vocab.prompts(words, meta["languages"].split(","), args.templates or meta["template"])
+        model.set_classes(words.names, words.thing, texts, [k in seen for k in range(len(words.names))],
+                          args.text_weights, args.tokenizer, data.cache_dir() / "text_rows.safetensors")
+        meta |= dict(seen=list(seen), unseen=list(unseen), counts=[])
+    if args.split:
+        seen, unseen = vocab.split(words, args.split)
+        trained = [words.names[k] for k in unseen if model.class_head.seen[k]]
+        if trained:
+            few = ", ".join(trained[:5])
+            text = f"{len(trained)} unseen classes of {args.split} were trained on: {few}"
+            print(f"notice: {text}", file=sys.stderr)
+        meta |= dict(seen=list(seen), unseen=list(unseen))
+
+
+def open_options(model, dataset, args) -> None:
+    """Calibrates; options that are not given are the ones that the checkpoint was evaluated with in training."""
+    if "open" not in model.config:
+        if args.sweep:
+            raise ValueError(f"{args.ckpt}: closed classes; --sweep needs a run of train.py --stage")
+        return
+    kept = model.meta.get("ov", {})
+    for name, _, _ in OV_OPTIONS:
+        key = "ov_" + name.replace("-", "_")
+        if getattr(args, key) is None:
+            setattr(args, key, kept[key])
+    calibrate(model, dataset, args)
+
+
+def report_regions(model, dataset, args):
+    """--gt-masks: a line per pooling mode."""
+    if "open" not in model.config:
+        raise ValueError(f"{args.ckpt}: --gt-masks needs a SigLIP2-EoMT or a SigLIP 2 folder")
+    numbers = probe_regions(model, dataset, args.limit)
+    for mode, row in numbers.items():
+        print(f"{mode}: " + " ".join(f"{name} {value:.1f}" for name, value in row.items()))
+    if args.out:
+        Path(args.out).write_text(json.dumps(numbers, indent=1))
+    return numbers
 
 
 def open_task(model: eomt.EoMT, args) -> tuple[data.Task, str]:
@@ -260,30 +524,41 @@ def open_task(model: eomt.EoMT, args) -> tuple[data.Task, str]:
     classes, name = model.config["num_classes"], args.task or model.meta.get("task")
     task = data.find_task(root, name) if name else data.fit_task(classes, args.ckpt)
     words = task.vocabulary
-    if len(words.names) != classes or list(words.names) != model.meta.get("names", list(words.names)):
+    if "open" in model.config:
+        open_words(model, words, args)
+    elif len(words.names) != classes or list(words.names) != model.meta.get("names", list(words.names)):
         raise ValueError(f"{args.ckpt}: its {classes} classes are not the {len(words.names)} of {task.name}; "
                          "give the --task and --data it was trained on")
     model.meta |= dict(kind=task.kind, names=list(words.names), ids=list(words.ids), thing=list(words.thing))
     return task, root
 
 
-def run(args) -> Result:
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if args.device == "cuda" and world > 1:
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    model = eomt.load(args.ckpt, args.device, args.base or None)
-    if args.size % model.encoder.patch:
-        raise ValueError(f"--size {args.size}: no multiple of the patch size {model.encoder.patch}")
-    model.meta["size"] = args.size or model.meta["size"]
-    task, root = open_task(model, args)
+def open_exports(args, task) -> list:
     wanted = {kind: getattr(args, f"save_{kind}") for kind in EXPORTS}
     for kind, target in wanted.items():
         if target and kind != task.kind:
             raise ValueError(f"--save-{kind}: {task.name} is {task.kind}; use --save-{task.kind}")
+    return [EXPORTS[kind](target, task) for kind, target in wanted.items() if target]
+
+
+def run(args) -> Result:
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.device == "cuda" and world > 1:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    model = load_model(args)
+    if args.size % model.encoder.patch:
+        raise ValueError(f"--size {args.size}: no multiple of the patch size {model.encoder.patch}")
+    model.meta["size"] = args.size or model.meta["size"]
+    task, root = open_task(model, args)
     dataset = data.SegmentDataset(root, task, "val")
+    if args.gt_masks:
+        return report_regions(model, dataset, args)
     if world > 1:
         dist.init_process_group("gloo")
-    exports = [EXPORTS[kind](target, task) for kind, target in wanted.items() if target]
+    open_options(model, dataset, args)
+    if args.sweep:
+        return sweep(model, dataset, args, rank, world)
+    exports = open_exports(args, task)
     result = evaluate(model, dataset, rank, world, args.workers, args.limit, args.masked_attn, exports)
     for export in exports:
         export.close(rank, world)

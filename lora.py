@@ -132,3 +132,17 @@ def load(model: nn.Module, state: dict[str, Tensor]) -> None:
                          f"{len(shapes)} of another shape {shapes}; add adapters of the saved ranks")
     for name, value in own.items():
         value.copy_(state[name])
+
+
+@torch.no_grad()
+def grow(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copies saved adapters into these, which may be more or of a higher rank: the same numbers, for what is
+    new has B = 0. ValueError where one has no place."""
+    own = state_dict(model)
+    for name, value in state.items():
+        axis = 1 if name.endswith(".A") else 2  # of the rank
+        if name not in own or own[name].shape[axis] < value.shape[axis]:
+            found = own[name].shape[axis] if name in own else "none"
+            raise ValueError(f"LoRA: {name} has rank {value.shape[axis]}, here {found}; take the same last_n "
+                             "and ranks, or more")
+        own[name].narrow(axis, 0, value.shape[axis]).copy_(value)

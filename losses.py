@@ -136,6 +136,10 @@ def _pair_costs(logits: Tensor, truth: Tensor) -> Tensor:
     return torch.stack([bce, dice])
 
 
+class NotFinite(ValueError):
+    """The model's logits hold NaN or infinity."""
+
+
 def _assign(costs: Tensor, sizes: list[int], shape: tuple[int, int], names: list[str] | None) -> Tensor:
     """Cheapest one-to-one assignment for each layer and image.
 
@@ -147,7 +151,7 @@ def _assign(costs: Tensor, sizes: list[int], shape: tuple[int, int], names: list
     bad = [i for i, block in enumerate(blocks) if not block.isfinite().all()]
     if bad:
         where = ", ".join(names[i] if names else f"image {i} of the batch" for i in bad)
-        raise ValueError(
+        raise NotFinite(
             f"{where}: the matching cost is NaN or infinite, so the model's logits are; "
             "lower the learning rate, and look at these images and at the last gradient norm"
         )
@@ -174,7 +178,7 @@ def match(
     predictions: L records with masks (B,Q,h,w) and classes (B,Q,K+1) logits; points: for each image float
     (S,2), shared by its queries, segments and layers. Returns int64 (3,L,N) on the logits' device: image,
     query, segment of each pair; N = sum of min(T_i, Q), images in order, queries ascending. Costs are
-    float32, and the device is waited for once. A cost that is NaN or infinite raises ValueError with the
+    float32, and the device is waited for once. A cost that is NaN or infinite raises NotFinite with the
     images' names.
     """
     device, costs = points[0].device, []

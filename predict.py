@@ -2,6 +2,7 @@
 
     python predict.py --ckpt runs/quick photo.jpg           # photo.overlay.png, photo.png, predictions.json
     python predict.py --ckpt coco_panoptic_eomt_large_640.bin photos/ "more/*.jpg" --out results
+    python predict.py --ckpt runs/ov/B street.jpg --prompts "cat, bicycle|bike; stuff: road, sky"
 
 Results come in COCO's panoptic layout: NAME.png with id = R + 256 G + 65536 B, and predictions.json.
 The drawing functions also make train.py's pictures; they need Pillow only.
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 import data
 import eomt
+import vocab
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -202,6 +204,51 @@ def export(model, path: Path) -> float | None:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Open vocabulary
+# ------------------------------------------------------------------------------------------------------------
+def set_prompts(model, args):
+    """The user's words become the classes; distractor words after them take what is none of these."""
+    if "open" not in model.config:
+        raise ValueError(f"{args.ckpt}: has closed classes; --prompts needs a run of train.py --stage")
+    meta = model.meta
+    words = vocab.parse_prompts(args.prompts, "--prompts")
+    rest = vocab.background(args.background, words)
+    both = vocab.Vocabulary("prompts", words.names + rest.names, range(1, len(words.names + rest.names) + 1),
+                            words.thing + rest.thing, words.synonyms + rest.synonyms)
+    name, indices = meta["trained"]
+    seen, _ = vocab.overlap(vocab.VOCABULARIES[name], both, indices)
+    texts = vocab.prompts(words, vocab.LANGUAGES, meta["template"])
+    texts += vocab.prompts(rest, meta["languages"].split(","), meta["template"])
+    model.set_classes(both.names, both.thing, texts, [k in seen for k in range(len(both.names))],
+                      args.text_weights, args.tokenizer, data.cache_dir() / "text_rows.safetensors")
+    meta |= dict(kind="panoptic", shown=len(words.names))
+
+
+@torch.inference_mode()
+def segment_open(model, image):
+    """Panoptic of the first `shown` classes, and per segment its scores and region embedding (C_t,)."""
+    head, calls = model.class_head, []
+    hook = head.register_forward_hook(lambda module, inputs, output: calls.append((*inputs, output)))
+    result = eomt.segment(model, [image], "panoptic")[0]
+    hook.remove()
+    queries, region, output = (tensor[:1].float() for tensor in calls[-1])
+    prob, labels = output[0].softmax(-1)[:, :-1].max(-1)  # (Q,) each
+    known = head.in_logits(queries)[0, :, :-1].softmax(-1)  # (Q, K)
+    l_out = head.out_logits(region)[0]  # (Q, K)
+    keep = (result.labels < model.meta.get("shown", len(head.seen))).nonzero()[:, 0].tolist()
+    rows = []
+    for s in keep:
+        label = result.labels[s].item()
+        fit = (prob - result.scores[s]).abs() + (labels != label)  # the query that this segment came from
+        q = fit.argmin().item()
+        rows.append(dict(score_in=known[q, label].item(), score_out=l_out[q].softmax(-1)[label].item(),
+                         presence=l_out[q, label].sigmoid().item(), embedding=region[0, q].tolist()))
+    table = torch.zeros(len(result.labels) + 1, dtype=result.ids.dtype, device=result.ids.device)  # (S+1,)
+    table[[s + 1 for s in keep]] = torch.arange(1, len(keep) + 1, dtype=table.dtype, device=table.device)
+    return eomt.Panoptic(table[result.ids.long()], result.labels[keep], result.scores[keep]), rows
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Command line
 # ------------------------------------------------------------------------------------------------------------
 def expand(patterns: list[str]) -> list[Path]:
@@ -229,7 +276,7 @@ def open_image(path: Path) -> torch.Tensor:
     return torch.from_numpy(array.copy()).permute(2, 0, 1)
 
 
-def write_result(path: Path, image, result, meta, out: Path, number: int) -> dict:
+def write_result(path: Path, image, result, meta, out: Path, number: int, details=()) -> dict:
     """NAME.overlay.png and NAME.png (ids); returns the image's row of predictions.json."""
     ids, rows = layers(result, meta["kind"], meta["names"])
     overlay(image.permute(1, 2, 0).numpy(), ids, rows).save(out / f"{path.stem}.overlay.png")
@@ -237,6 +284,8 @@ def write_result(path: Path, image, result, meta, out: Path, number: int) -> dic
     for row in rows:
         row["category_id"] = meta["ids"][row.pop("category")]
         del row["text"]
+    for row, more in zip(rows, details, strict=False):
+        row |= more
     image_id = int(path.stem) if path.stem.isdigit() else number
     return dict(image_id=image_id, file_name=f"{path.stem}.png", image=path.name, segments_info=rows)
 
@@ -248,6 +297,11 @@ def parser():
         "--ckpt", required=True, help="run folder (best, else newest), step folder, file or HF name"
     )
     top.add_argument("--out", default="predictions", help="folder for the results")
+    top.add_argument("--prompts", default=None, help="classes by name: 'cat, zebra|zebras; stuff: grass'")
+    top.add_argument("--background", default="coco", help="distractor words: coco, ade, none or a file")
+    top.add_argument("--embeddings", action="store_true", help="region embeddings in the JSON too")
+    top.add_argument("--text-weights", default="", help="SigLIP 2 with the text tower; default: training's")
+    top.add_argument("--tokenizer", default="", help="its tokenizer; default: in its folder")
     top.add_argument("--base", default="", help="DINOv3 encoder that a delta checkpoint is added to")
     top.add_argument("--task", default="", help=f"{', '.join(data.TASKS)}; default: the checkpoint's")
     top.add_argument("--size", type=int, default=0, help="network input side; default: the checkpoint's")
@@ -263,6 +317,8 @@ def run(args):
         task = data.TASKS.get(args.task) or data.fit_task(model.config["num_classes"], args.ckpt)
         words = task.vocabulary
         model.meta |= dict(kind=task.kind, names=words.names, ids=words.ids, thing=words.thing)
+    if args.prompts is not None:
+        set_prompts(model, args)
     if args.size % model.encoder.patch:
         raise ValueError(f"--size {args.size}: not a multiple of the patch size {model.encoder.patch}")
     model.meta["size"] = args.size or model.meta["size"]
@@ -283,8 +339,14 @@ def run(args):
     rows = []
     for number, path in enumerate(tqdm(paths, unit="img", disable=not sys.stderr.isatty())):
         image = open_image(path)
-        result = eomt.segment(model, [image], model.meta["kind"])[0]
-        rows.append(write_result(path, image, result, model.meta, out, number))
+        details = []
+        if "open" in model.config and model.meta["kind"] == "panoptic":
+            result, details = segment_open(model, image)
+            if not args.embeddings:
+                details = [{key: row[key] for key in row if key != "embedding"} for row in details]
+        else:
+            result = eomt.segment(model, [image], model.meta["kind"])[0]
+        rows.append(write_result(path, image, result, model.meta, out, number, details))
         found = ", ".join(r["name"] for r in rows[-1]["segments_info"]) or "nothing"
         print(f"{path}: {found} -> {out / path.stem}.overlay.png")
     (out / "predictions.json").write_text(json.dumps(dict(annotations=rows), indent=1))

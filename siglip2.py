@@ -26,8 +26,8 @@ from torch import Tensor, nn
 SIZES = {  # width, hidden width of the MLPs, depth, heads of both towers, from the checkpoints' config.json
     "base": (768, 3072, 12, 12), "large": (1024, 4096, 24, 16), "so400m": (1152, 4304, 27, 16),
     "giant-opt": (1536, 6144, 40, 16),  # its text tower is so400m's with out=1536
-    "toy": (64, 256, 4, 4),  # of the procedural world: train.py --quick --stage A pretrains it
 }
+TOY = (64, 256, 4, 4)  # of the procedural world; toy.py pretrains it
 EPS = 1e-6  # of every LayerNorm
 PAD, EOS, LENGTH = 0, 1, 64  # Gemma's ids; SigLIP 2 was trained on exactly 64 text tokens
 
@@ -134,7 +134,7 @@ class VisionTower(nn.Module):
         return x.flatten(2).mT + resize_positions(self.positions, grid, self.naflex), grid
 
     def attention(self, grid, attend=F.scaled_dot_product_attention):
-        """The attention of one forward pass: `attend` itself (positions are added in `embed`), but for reach."""
+        """The attention of one forward pass: `attend`, limited by `reach`; positions are added in `embed`."""
         if not self.reach:
             return attend
         axes = (torch.arange(side, device=self.positions.device) for side in grid)
@@ -207,7 +207,9 @@ def load(path: str | Path, part: str, heads: int | None = None) -> VisionTower |
     keys = [_foreign(name, final)[0] for name in ("positions", "blocks.0.mlp.fc1.weight", *names)]
     _check_keys(path, part, [key for key in keys if key not in found], [])
     positions, fc1, first, *last = (found[key] for key in keys)
-    heads = heads or {width: nh for width, _, _, nh in SIZES.values()}.get(positions.shape[1])
+    said = _header(_files(Path(path))[0])
+    known = {width: nh for width, _, _, nh in SIZES.values()}.get(positions.shape[1])
+    heads = heads or int(said.get("heads", 0)) or known
     if heads is None:
         raise ValueError(f"{path}!{part}: width {positions.shape[1]} is no SigLIP 2 size; give heads=")
     depth = 1 + max(int(key.split(".")[2]) for key in found if key.startswith("encoder.layers."))
@@ -218,7 +220,8 @@ def load(path: str | Path, part: str, heads: int | None = None) -> VisionTower |
         else:
             naflex = first.ndim == 2  # (C, ph*pw*3), where fixed resolution has (C, 3, ph, pw)
             patch = math.isqrt(first.shape[1] // 3) if naflex else first.shape[2]
-            tower = VisionTower(*sizes, patch, math.isqrt(len(positions)), naflex)
+            grid = math.isqrt(len(positions))
+            tower = VisionTower(*sizes, patch, grid, naflex, int(said.get("reach", 0)))
             if naflex:
                 found[keys[2]] = first.unflatten(1, (patch, patch, 3)).permute(0, 3, 1, 2)  # (C, 3, ph, pw)
     wanted = {name: _foreign(name, final) for name in tower.state_dict()}
@@ -239,7 +242,8 @@ def save(folder: str | Path, vision: VisionTower, text: TextTower):
             keys = keys if name in state else [f"{part}_model.{key}" for key in keys]
             state |= {key: v.clone() for key, v in zip(keys, value.chunk(len(keys)), strict=True)}
     Path(folder).mkdir(parents=True, exist_ok=True)
-    save_file(state, Path(folder, "model.safetensors"), {"format": "pt"})
+    header = {"format": "pt", "heads": str(vision.config["heads"]), "reach": str(vision.reach)}
+    save_file(state, Path(folder, "model.safetensors"), header)
 
 
 def fetch(name: str | Path) -> Path:
@@ -278,6 +282,13 @@ def _read(file, skip=()):
             return {key: tensors.get_tensor(key).float() for key in keys}
     except SafetensorError as error:
         raise ValueError(f"{file}: no safetensors file ({error}); delete it and get it again") from None
+
+
+def _header(file):
+    """What `save` says of the towers beside their weights."""
+    from safetensors import safe_open
+    with safe_open(file, "pt") as tensors:
+        return tensors.metadata() or {}
 
 
 def _files(path):
@@ -365,7 +376,7 @@ def embed_text(tower: TextTower, tokenizer: Tokenizer, prompts: list[list[list[s
 
 def text_rows(weights: str | Path, tokenizer: str | Path, prompts: list[list[list[str]]],
               cache: str | Path | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Text tower of a checkpoint, used once and freed -> rows (R,C_t), owner (R,), logit_scale, logit_bias."""
+    """Text tower of a checkpoint, used once, freed -> rows (R,C_t), owner (R,), logit_scale, logit_bias."""
     tower = load(fetch(weights), "text")
     reader = Tokenizer(fetch(tokenizer or weights), len(tower.positions))
     return *embed_text(tower, reader, prompts, cache), tower.logit_scale.detach(), tower.logit_bias.detach()
@@ -422,6 +433,19 @@ def frequency_bias(counts: Tensor, seen: Tensor) -> Tensor:
     return torch.where(seen, bias, bias[seen].mean())
 
 
+@torch.no_grad()
+def centres(rows: Tensor, count: int, rounds: int = 20) -> Tensor:
+    """k-means of text rows (R,C_t) -> (count,C_t), repeated where there are fewer rows than centres."""
+    if len(rows) <= count:
+        return rows.repeat(-(-count // len(rows)), 1)[:count]
+    centre = rows[torch.linspace(0, len(rows) - 1, count).long()].clone()  # (count, C_t)
+    for _ in range(rounds):
+        nearest = torch.cdist(rows, centre).argmin(1)  # (R,)
+        for k in nearest.unique().tolist():
+            centre[k] = rows[nearest == k].mean(0)
+    return centre
+
+
 class OpenVocabHead(nn.Module):
     """A trained classifier of query tokens and SigLIP 2's own of region embeddings, combined.
 
@@ -459,7 +483,9 @@ class OpenVocabHead(nn.Module):
                   reject=-math.inf) -> None:
         """Weights of the region classifier on seen (alpha) and unseen (beta) classes, temperatures, `bias`
         off the seen classes, class_bias (K,) on all, energy under which a mask is void."""
-        shift = -bias * self.seen.float() + (0 if class_bias is None else class_bias.to(self.seen.device))
+        shift = -bias * self.seen.float()  # (K,)
+        if class_bias is not None:
+            shift = shift + torch.as_tensor(class_bias, device=shift.device)
         if shift.any() and (shift == shift[0]).all():
             raise ValueError(f"ov-bias {bias}: equal for all {len(shift)} classes, which softmax ignores; "
                              "use it where some classes are seen and some are not")

@@ -3,9 +3,11 @@
     python train.py --quick                                             # procedural data, CPU, minutes
     python train.py --task coco_panoptic --encoder dinov2_large --data /coco
     torchrun --nproc_per_node=4 train.py --task coco_panoptic --encoder dinov2_large --data /coco
+    python train.py --quick --stage A && python train.py --quick --stage B --init runs/quick-A
     python train.py --task coco_panoptic --data /coco --dry-run         # the resolved recipe, then stop
 
-One process and N processes run the same lines. Settings: default < task row < encoder row < --config < flag.
+One process and N processes run the same lines. Settings: default < task < encoder < stage < --config < flag.
+`--stage A|B|C` trains SigLIP2-EoMT: heads on the frozen tower, then LoRA, then more LoRA and fused layers.
 User mistakes end with one line `error: ...` and exit code 1.
 """
 # SPDX-License-Identifier: MIT
@@ -32,8 +34,12 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import eomt
 import eval as evaluation
+import lora
 import predict
-from losses import SetLoss, set_norm
+import siglip2
+import toy
+import vocab
+from losses import NotFinite, SetLoss, feature_distill, itc_distill, set_norm
 
 
 # ---- Settings ----------------------------------------------------------------------------------------------
@@ -45,7 +51,8 @@ def setting(default, phrase):
 class Config:
     # what is trained
     task: str = setting("coco_panoptic", f"auto (look at --data), {', '.join(data.TASKS)}")
-    encoder: str = setting("dinov2_large", f"one of {', '.join(eomt.ENCODERS)}")
+    encoder: str = setting("dinov2_large", "siglip2_base, _large, _so400m, _giant with --stage, else one of "
+                           f"{', '.join(eomt.ENCODERS)}")
     data: str = setting("", "folder with the official zips (or the same unpacked)")
     out: str = setting("", "run folder; default runs/<task>_<encoder>_<size>")
     init: str = setting("", "start from this EoMT checkpoint (run folder, file or Hugging Face name)")
@@ -68,16 +75,55 @@ class Config:
     clip_norm: float = setting(0.01, "gradient norm is clipped to this")
     llrd: float = setting(0.8, "layer-wise decay: block i gets lr * llrd^(depth - 1 - i)")
     llrd_query_blocks: bool = setting(True, "decay in the last num_blocks blocks too")
+    rope_rescale: float = setting(1.0, "RoPE coordinates are stretched by up to this factor, one a step")
     warmup: tuple[float, ...] = setting((500, 1000), "steps of warm-up: heads, then encoder")
     scale: tuple[float, ...] = setting((0.1, 2.0), "range of the random resize")
     color_jitter: bool = setting(False, "random brightness, contrast, saturation, hue")
     num_points: int = setting(12544, "points of the mask losses")
+    # open vocabulary
+    stage: str = setting("", "A, B or C of SigLIP2-EoMT; empty: EoMT with closed classes")
+    text_weights: str = setting("", "SigLIP 2 checkpoint with the text tower; default --encoder-weights")
+    tokenizer: str = setting("", "tokenizer.json or .model; default in the folder of the text tower")
+    languages: str = setting("en", "of the class names: en, zh or en,zh")
+    templates: str = setting("default", f"prompts of the class names: {', '.join(vocab.TEMPLATES)}")
+    split: str = setting("", f"classes kept unseen: {', '.join(vocab.SPLITS)} or a JSON file; empty: none")
+    split_policy: str = setting("void", "unseen segments: void, or drop every image that has one")
+    freeze_backbone: bool = setting(True, "the tower itself is not trained")
+    lora: bool = setting(False, "adapters in the tower's last blocks")
+    lora_last_n: int = setting(12, "blocks with adapters")
+    lora_rank_attn: int = setting(16, "rank of the adapters of q, k and v")
+    lora_rank_ffn: int = setting(32, "rank of the adapters of fc1 and fc2")
+    train_heads: bool = setting(True, "everything but the tower is trained")
+    distill_feat: float = setting(0.0, "weight of 1 - cosine to the tower without adapters")
+    distill_itc: float = setting(0.0, "weight of image-text distillation on true regions")
+    isolate: bool = setting(True, "patches do not see the queries")
+    query_blocks: str = setting("copy", "blocks of the query rows with --isolate: copy or shared")
+    query_init: str = setting("learnable", "learnable, text or text+learnable")
+    fuse_last: int = setting(1, "layers whose tokens make the mask features")
+    ov_pool: str = setting("map", "region embedding: map, value or mean")
+    ov_alpha: float = setting(0.4, "weight of the region classifier for seen classes")
+    ov_beta: float = setting(0.8, "the same for unseen classes")
+    ov_temp: str = setting("1", "temperature of both classifiers, `in,out`, or auto")
+    ov_bias: float = setting(0.0, "subtracted from the logits of seen classes")
+    ov_class_bias: str = setting("", "auto (by training frequency) or a JSON list, one number a class")
+    ov_reject: str = setting("", "energy below which a mask is void, or auto")
+    pretrain_steps: int = setting(2000, "of the toy tower that --quick makes")
+    wandb: bool = setting(False, "log to Weights & Biases too")
+    wandb_project: str = setting("nanoeomt", "W&B project")
+    wandb_name: str = setting("", "W&B run name; default the name of --out")
+    wandb_group: str = setting("", "W&B group")
+    wandb_tags: str = setting("", "W&B tags with commas")
+    wandb_notes: str = setting("", "W&B notes")
+    wandb_mode: str = setting("online", "online, offline or disabled")
+    wandb_resume: str = setting("allow", "W&B's resume")
+    wandb_watch: bool = setting(False, "W&B histograms of weights and gradients")
     # machine
     amp: str = setting("bf16", "autocast on CUDA: bf16, fp16 (with gradient scaling) or off")
     compile: bool = setting(True, "torch.compile the model on CUDA")
     deterministic: bool = setting(False, "only repeatable kernels, an error where there is none")
     workers: int = setting(4, "data processes a rank; 0 = in this one")
     seed: int = setting(0, "everything random follows from it")
+    timeout: float = setting(1800, "seconds a rank waits for the others before the run ends")
     # run
     log_every: int = setting(50, "steps between log lines")
     save_every: int = setting(1000, "steps between checkpoints")
@@ -98,15 +144,47 @@ WEIGHTS = {"dinov2": "facebook/dinov2-with-registers-{}",
 QUICK = dict(task="shapes", encoder="tiny", data="runs/shapes", out="runs/quick", encoder_weights="random",
              lr=2e-3, steps=330, warmup=(20, 0), llrd=1.0, clip_norm=0.1, num_points=1024, workers=0,
              log_every=30, save_every=110, eval_every=110, eval_limit=64)
+# SigLIP 2 towers: size, side of the position table, patch, published checkpoint.
+TOWERS = {f"siglip2_{name}": (size, grid, 16, f"google/siglip2-{name}-patch16-{16 * grid}")
+          for name, size, grid in (("base", siglip2.SIZES["base"], 32), ("large", siglip2.SIZES["large"], 32),
+                                   ("so400m", siglip2.SIZES["so400m"], 32))}
+TOWERS |= {"siglip2_giant": (siglip2.SIZES["giant-opt"], 24, 16, "google/siglip2-giant-opt-patch16-384"),
+           "siglip2_toy": (siglip2.TOY, toy.SIDE // toy.PATCH, toy.PATCH, "runs/toy-tower")}
+LORA = dict(lora=True, train_heads=False, distill_feat=1.0, distill_itc=0.1, warmup=(0, 500), llrd=1.0)
+STAGES = {"A": dict(freeze_backbone=True, lora=False, train_heads=True),
+          "B": LORA | dict(lora_last_n=12, lora_rank_attn=16, lora_rank_ffn=32),
+          "C": LORA | dict(lora_last_n=16, lora_rank_attn=16, lora_rank_ffn=48, fuse_last=3)}
+QUICK_OPEN = QUICK | dict(task="shapes_open", encoder="siglip2_toy", data="runs/shapes-open", split="shapes",
+                          encoder_weights="runs/toy-tower", templates="plain", scale=(1.0, 1.0),
+                          batch_size=32, num_queries=12, num_points=512, steps=800, save_every=400,
+                          eval_every=0)
+QUICK_LORA = dict(steps=100, lr=5e-4, warmup=(0, 20), save_every=100, lora_last_n=2)
 # Settings of where and how a run runs: they may differ between a run and its resumption.
-MACHINE = {"data", "out", "device_batch_size", "workers", "log_every", "save_every", "eval_every",
+MACHINE = {"timeout", "data", "out", "device_batch_size", "workers", "log_every", "save_every", "eval_every",
            "eval_limit", "resume", "overwrite", "max_bad", "skip_nonfinite", "config", "dry_run", "debug",
-           "compile", "amp", "deterministic", "init", "base", "encoder_weights", "load_class_head"}
+           "compile", "amp", "deterministic", "init", "base", "encoder_weights", "load_class_head",
+           "text_weights", "tokenizer"}
+MACHINE |= {name for name in Config.__annotations__ if name.startswith(("ov_", "wandb"))}
 # Option names of the recipe this project grew from -> ours.
 SEED_WORDS = {"OUTPUT_DIR": "--out", "--model.ckpt_path": "--init", "--data.path": "--data",
               "--model.load_ckpt_class_head": "--no-load-class-head",
               "--data.batch_size": "--batch-size (the total of all devices)",
               "--model.network.masked_attn_enabled": "--no-masked-attn"}
+SEED_WORDS |= {f"MODEL.BACKBONE.{word}": flag for word, flag in (
+    ("FREEZE", "--freeze-backbone"), ("LORA.ENABLED", "--lora"), ("LORA.LAST_N_LAYERS", "--lora-last-n"),
+    ("LORA.LAYERS_LAST_N", "--lora-last-n"), ("LORA.RANK_ATTN", "--lora-rank-attn"),
+    ("LORA.RANK_FFN", "--lora-rank-ffn"), ("LORA.RANK", "--lora-rank-attn and --lora-rank-ffn"))}
+SEED_WORDS |= {"MODEL.LOSS.DISTILL.FEAT_ALIGN": "--distill-feat",
+               "MODEL.LOSS.DISTILL.ITC_WEIGHT": "--distill-itc",
+               "MODEL.QUERY_INIT": "--query-init", "MODEL.OPEN_VOCAB.TEMP": "--ov-temp",
+               "MODEL.OPEN_VOCAB.CALIBRATION_BIAS": "--ov-bias",
+               "MODEL.OPEN_VOCAB.ENERGY_REJECT_THR": "--ov-reject",
+               "MODEL.OPEN_VOCAB.MULTILINGUAL": "--languages en,zh", "OPEN_VOCAB_SPLIT": "--split",
+               "DATASETS.OPEN_VOCAB_SPLIT": "--split", "LOGGING.WANDB.ENABLED": "--wandb",
+               "LOGGING.WANDB.WATCH.ENABLED": "--wandb-watch"}
+SEED_WORDS |= {f"LOGGING.WANDB.{word.upper()}": f"--wandb-{word}"
+               for word in ("project", "name", "group", "tags", "notes", "mode", "resume")}
+SEED_WORDS |= {word.removeprefix("MODEL."): flag for word, flag in SEED_WORDS.items()}
 
 
 def task_row(task) -> dict:
@@ -117,16 +195,24 @@ def task_row(task) -> dict:
 def encoder_row(encoder: str, task: str) -> dict:
     """What an encoder changes in a recipe; DINOv3 numbers from its published runs."""
     family, _, size = encoder.partition("_")
+    if encoder in TOWERS:  # queries join the last 4 blocks of every size
+        return dict(encoder_weights=TOWERS[encoder][3], num_blocks=4 if size != "toy" else 2, size=512)
     if family not in WEIGHTS:
         return {}
     row = dict(encoder_weights=WEIGHTS[family].format(size if family == "dinov2" else size[0]))
     if family == "dinov3":
-        row |= dict(lr=2e-4, llrd_query_blocks=False, warmup=(2000, 3000))
+        row |= dict(lr=2e-4, llrd_query_blocks=False, warmup=(2000, 3000), rope_rescale=2.0)
         if task in ("coco_panoptic", "ade20k_semantic"):
             row |= dict(first_window=(0, 3000))
         if task == "ade20k_semantic":
             row |= dict(llrd=1.0, epochs=16)
     return row
+
+
+def quick_row(stage: str) -> dict:
+    if not stage:
+        return QUICK
+    return QUICK_OPEN | (QUICK_LORA if stage != "A" else {}) | dict(out=f"runs/quick-{stage}", size=toy.SIDE)
 
 
 def numbers(text: str) -> tuple[float, ...]:
@@ -169,13 +255,21 @@ def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
     if given.get("config"):
         stored = json.loads(Path(given["config"]).read_text())["config"]
         stored = {k: v for k, v in stored.items() if k not in ("out", "resume", "overwrite", "config")}
-    quick = QUICK if given.get("quick", stored.get("quick")) else {}
-    axes = {key: getattr(Config, key) for key in ("task", "encoder", "data")} | quick | stored | given
+    stage = given.get("stage", stored.get("stage", ""))
+    if stage not in ("", *STAGES):
+        raise ValueError(f"--stage {stage}: unknown; one of {', '.join(STAGES)}")
+    first = dict(encoder="siglip2_large") if stage else {}
+    quick = quick_row(stage) if given.get("quick", stored.get("quick")) else {}
+    axes = {key: getattr(Config, key) for key in ("task", "encoder", "data")} | first | quick | stored | given
     task = data.find_task(axes["data"], axes["task"])
-    if axes["encoder"] not in eomt.ENCODERS:
-        raise ValueError(f"--encoder {axes['encoder']}: unknown; one of {', '.join(eomt.ENCODERS)}")
-    layers = [("task", task_row(task)), ("encoder", encoder_row(axes["encoder"], task.name)),
-              ("quick", quick), ("config", stored), ("flag", given)]
+    fits = TOWERS if stage else eomt.ENCODERS
+    if axes["encoder"] not in fits:
+        every = (*TOWERS, *eomt.ENCODERS)
+        known = f"not for --stage {stage or '(none)'}" if axes["encoder"] in every else "unknown"
+        raise ValueError(f"--encoder {axes['encoder']}: {known}; one of {', '.join(fits)}")
+    layers = [("task", task_row(task)), ("stage", first),
+              ("encoder", encoder_row(axes["encoder"], task.name)),
+              ("stage", STAGES.get(stage, {})), ("quick", quick), ("config", stored), ("flag", given)]
     values, origin = {}, {}
     for name, layer in layers:
         values |= {key: tuple(v) if isinstance(v, list) else v for key, v in layer.items()}
@@ -211,6 +305,129 @@ def make_model(cfg: Config, vocabulary) -> eomt.EoMT:
                          f"take {max(1, cfg.size // patch) * patch}")
     encoder = eomt.ViT(**row, grid=(cfg.size // patch,) * 2)
     return eomt.EoMT(encoder, len(vocabulary.names), cfg.num_queries, cfg.num_blocks or None)
+
+
+def seen_classes(vocabulary, name: str) -> tuple[int, ...]:
+    """Class indices to train on."""
+    return vocab.split(vocabulary, name)[0] if name else tuple(range(len(vocabulary.names)))
+
+
+def read_start(cfg: Config):
+    """(config, state, meta) of the checkpoint that a stage continues or starts from, or None."""
+    path = cfg.out if cfg.resume and run_steps(Path(cfg.out)) else cfg.init
+    if not path:
+        return None
+    config, state, meta = eomt.read(path)
+    if "open" not in config:
+        raise ValueError(f"{path}: no SigLIP2-EoMT; give a run of --stage A, B or C")
+    return config, state, meta
+
+
+def inherit(cfg: Config, origin: dict, start, vocabulary):
+    """What a later stage takes over from the checkpoint it starts from, where no flag says otherwise."""
+    config, _, meta = start
+    kept = dict(config["open"], num_queries=config["num_queries"], num_blocks=config["num_blocks"],
+                split=meta["split"], size=meta["size"], languages=meta["languages"])
+    for key in set(kept) & set(vars(cfg)) - {"fuse_last"}:
+        if origin.get(key) == "flag" and getattr(cfg, key) != kept[key] and key != "size":
+            raise ValueError(f"--{key.replace('_', '-')} {getattr(cfg, key)}: {cfg.init or cfg.out} has "
+                             f"{kept[key]}; leave it out, or train Stage A anew")
+        if origin.get(key) != "flag" and getattr(cfg, key) != kept[key]:
+            setattr(cfg, key, kept[key])
+            origin[key] = "init"
+    if meta["names"] != list(vocabulary.names):
+        raise ValueError(f"{cfg.init or cfg.out}: its {len(meta['names'])} classes are not those of "
+                         f"{cfg.task}; give the task it was trained on")
+
+
+def make_tower(cfg: Config) -> siglip2.VisionTower:
+    """The tower of --encoder with its pretrained weights, or random ones."""
+    sizes, grid, patch, _ = TOWERS[cfg.encoder]
+    reach = int(cfg.encoder == "siglip2_toy")
+    if cfg.dry_run:
+        with torch.device("meta"):  # counting parameters needs no memory
+            return siglip2.VisionTower(*sizes, patch, grid, reach=reach)
+    if cfg.encoder_weights == "random":
+        return siglip2.VisionTower(*sizes, patch, grid, reach=reach)
+    tower = siglip2.load(siglip2.fetch(cfg.encoder_weights), "vision")
+    if (tower.config["width"], tower.config["depth"]) != (sizes[0], sizes[2]):
+        raise ValueError(f"{cfg.encoder_weights}: width {tower.width}, {len(tower.blocks)} blocks, but "
+                         f"{cfg.encoder} has {sizes[0]}, {sizes[2]}; give its checkpoint")
+    return tower
+
+
+def make_text(cfg: Config, vocabulary, width: int):
+    """Text rows (R,C), owner (R,), logit scale and bias: from the text tower, used once and freed."""
+    if cfg.dry_run or cfg.encoder_weights == "random":
+        count = len(vocabulary.names)
+        return torch.randn(count, width), torch.arange(count), torch.tensor([4.7]), torch.tensor([-16.0])
+    words = vocab.prompts(vocabulary, cfg.languages.split(","), cfg.templates)
+    weights = cfg.text_weights or cfg.encoder_weights
+    text = siglip2.text_rows(weights, cfg.tokenizer, words, data.cache_dir() / "text_rows.safetensors")
+    if text[0].shape[1] != width:
+        raise ValueError(f"{weights}: its text tower makes rows of width {text[0].shape[1]}, the image tower "
+                         f"of {cfg.encoder} has {width}; give the text tower of the same SigLIP 2")
+    return text
+
+
+def make_open(cfg: Config, vocabulary, start) -> eomt.OpenVocabEoMT:
+    """The model of a stage: tower, text rows and heads in place, what is not trained frozen."""
+    torch.manual_seed(cfg.seed)
+    if start:
+        config, state, _ = start
+        tower = siglip2.VisionTower(**config["encoder"])
+        text = [state[f"class_head.{name}"] for name in ("rows", "owner", "logit_scale", "logit_bias")]
+    else:
+        tower = make_tower(cfg)
+        text = make_text(cfg, vocabulary, tower.width)
+    if cfg.size % tower.patch:
+        raise ValueError(f"--size {cfg.size} is no multiple of the patch size {tower.patch}; "
+                         f"take {max(1, cfg.size // tower.patch) * tower.patch}")
+    seen = torch.zeros(len(vocabulary.names), dtype=torch.bool)
+    seen[list(seen_classes(vocabulary, cfg.split))] = True
+    rows, owner, scale, bias = text
+    torch.manual_seed(cfg.seed)  # the same heads whatever the tower drew
+    head = siglip2.OpenVocabHead(tower.width, rows, owner, seen, scale, bias)
+    model = eomt.OpenVocabEoMT(tower, head, cfg.num_queries, cfg.num_blocks or None, cfg.isolate,
+                               cfg.query_blocks, cfg.fuse_last, cfg.query_init, cfg.ov_pool)
+    if cfg.query_init != "learnable":
+        model.centres.copy_(siglip2.centres(rows[head.seen_rows], cfg.num_queries))
+    if start:
+        load_stage(model, state, cfg.init or cfg.out)
+    freeze(model, cfg, state if start else {})
+    return model
+
+
+def load_stage(model: eomt.OpenVocabEoMT, state: dict, path):
+    """An earlier stage's weights but for its adapters; layers fused from now on start at 0."""
+    plain = {k.replace(".base.", "."): value for k, value in state.items() if not k.endswith((".A", ".B"))}
+    eomt.fill(model, plain, path, skip=() if "fuse" in plain and model.fuse is not None else ("fuse",))
+
+
+def freeze(model: eomt.OpenVocabEoMT, cfg: Config, state: dict):
+    """Leaves trainable what the stage trains, and grows adapters on those of the stage before."""
+    if cfg.query_blocks not in ("copy", "shared"):
+        raise ValueError(f"--query-blocks {cfg.query_blocks}: unknown; copy or shared")
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    for name, p in model.named_parameters():
+        ours = not name.startswith("encoder.")
+        p.requires_grad_((cfg.train_heads if ours else not cfg.freeze_backbone and not cfg.lora)
+                         and name not in frozen or name == "fuse")
+    model.encoder.head.requires_grad_(False)  # pools regions in evaluation, takes no part in the losses
+    if cfg.lora:
+        depth = len(model.encoder.blocks)
+        if cfg.lora_last_n > depth:
+            print(f"notice: --lora-last-n {cfg.lora_last_n}: the tower has {depth} blocks; all get adapters")
+        model.adapt(min(cfg.lora_last_n, depth), cfg.lora_rank_attn, cfg.lora_rank_ffn)
+        found = {key: value for key, value in state.items() if key.endswith((".A", ".B"))}
+        lora.grow(model, found)
+    elif any(key.endswith(".A") for key in state):
+        raise ValueError(f"{cfg.init}: has adapters, which would be lost without --lora; use --lora")
+    if (cfg.distill_feat or cfg.distill_itc) and not cfg.lora:
+        raise ValueError("--distill-feat, --distill-itc: the teacher is the tower less adapters; use --lora")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("nothing is left to train; use --lora, --train-heads or --no-freeze-backbone")
+    model.distil = bool(cfg.distill_feat or cfg.distill_itc)
 
 
 def load_start(model: eomt.EoMT, cfg: Config, say):
@@ -289,15 +506,25 @@ def save_checkpoint(folder: Path, model, optimizer, cfg, step, meta, resumable=T
     """Writes `folder` beside itself, syncs every file to disk, then renames it into place at once."""
     temporary = folder.parent / f".tmp-{folder.name}"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    eomt.save(temporary / "model.safetensors", model, step=step, **meta)
-    if resumable:
-        torch.save(dict(optimizer=optimizer.state_dict(), step=step), temporary / "resume.pt")
-    sums = {p.name: eomt.sha256(p) for p in sorted(temporary.iterdir())}
-    text = json.dumps(dict(config=dataclasses.asdict(cfg), step=step, sha256=sums), indent=1)
-    (temporary / "meta.json").write_text(text)
-    for path in [*temporary.iterdir(), temporary]:
-        _sync(path)
+    try:
+        temporary.mkdir(parents=True)
+        eomt.save(temporary / "model.safetensors", model, step=step, **meta)
+        if cfg.lora:
+            eomt.save_adapters(temporary / "adapters.safetensors", model)
+        if resumable:
+            with open(temporary / "resume.pt", "wb") as file:  # torch's own writer does not say what failed
+                torch.save(dict(optimizer=optimizer.state_dict(), step=step), file)
+        sums = {p.name: eomt.sha256(p) for p in sorted(temporary.iterdir())}
+        text = json.dumps(dict(config=dataclasses.asdict(cfg), step=step, sha256=sums), indent=1)
+        (temporary / "meta.json").write_text(text)
+        for path in [*temporary.iterdir(), temporary]:
+            _sync(path)
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of the file's OSError
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        reason = str(reason).splitlines()[0]
+        raise OSError(f"{folder}: cannot be written ({reason}); make room or give another --out; the "
+                      "checkpoints before it are whole") from error
     if folder.exists():  # best/ is replaced: the old one goes only when the new one is whole
         old = folder.parent / f".old-{folder.name}"
         shutil.rmtree(old, ignore_errors=True)
@@ -320,9 +547,20 @@ def run_steps(out: Path) -> list[Path]:
     return sorted((p for p in out.glob("step-*") if p.name[5:].isdigit()), key=lambda p: -int(p.name[5:]))
 
 
-def tidy(out: Path, keep=2):
-    """Removes all but the newest `keep` checkpoints, and the litter of a killed save."""
-    for path in [*run_steps(out)[keep:], *out.glob(".tmp-*")]:
+def prune(out: Path, step: int, keep=2):
+    """After the save at `step`: the newest `keep` stay. Later ones are damaged: a resume passed them over.
+
+    Renamed first: what a kill leaves of a half-removed folder must not look like a checkpoint."""
+    steps = run_steps(out)
+    later = [path for path in steps if int(path.name[5:]) > step]
+    for path in later + steps[len(later) + keep:]:
+        os.rename(path, out / f".tmp-{path.name}")
+        shutil.rmtree(out / f".tmp-{path.name}", ignore_errors=True)
+
+
+def tidy(out: Path):
+    """Removes the litter of a killed save."""
+    for path in out.glob(".tmp-*"):
         shutil.rmtree(path, ignore_errors=True)
     for path in out.glob(".old-*"):  # killed between the two renames: the old one is the only one
         final = out / path.name.removeprefix(".old-")
@@ -331,12 +569,14 @@ def tidy(out: Path, keep=2):
 
 def resume(out: Path, model, optimizer, cfg, say) -> int:
     """Loads the newest checkpoint whose sums are right; returns its step, 0 where there is none."""
-    for folder in run_steps(out):
-        fault = eomt.damaged(folder)
+    folders = run_steps(out)
+    for folder in folders:
+        gone = [name for name in ("meta.json", "resume.pt") if not (folder / name).exists()]
+        fault = f"{folder}!{gone[0]}: missing" if gone else eomt.damaged(folder)
         if fault:
             say(f"warning: {fault}; taking the one before")
             continue
-        stored = json.loads((folder / "meta.json").read_text())["config"]
+        stored = json.loads((folder / "meta.json").read_text()).get("config", {})
         now = json.loads(json.dumps(dataclasses.asdict(cfg)))
         differ = [k for k in now if k not in MACHINE and now[k] != stored.get(k)]
         if differ:
@@ -344,10 +584,14 @@ def resume(out: Path, model, optimizer, cfg, say) -> int:
             raise ValueError(f"{folder}: the run was started with other settings: {changes}; "
                              "use the same, or another --out")
         eomt.fill(model, eomt.read(folder)[1], folder)
-        state = torch.load(folder / "resume.pt", map_location="cpu", weights_only=True)
+        state = eomt.unpickle(folder / "resume.pt")
+        if not isinstance(state, dict) or state.keys() != {"optimizer", "step"}:
+            raise ValueError(f"{folder}!resume.pt: not what train.py writes; remove this checkpoint")
         optimizer.load_state_dict(state["optimizer"])
         say(f"resumed {folder}")
         return state["step"]
+    if folders:
+        raise ValueError(f"{out}: none of its checkpoints is whole; give another --out, or --overwrite")
     return 0
 
 
@@ -361,12 +605,41 @@ def claim(out: Path, cfg: Config):
     out.mkdir(parents=True, exist_ok=True)
 
 
+def replace(path: Path, text: str):
+    """Writes a small file that is always whole, the old one or the new one."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text)
+    _sync(temporary)
+    os.replace(temporary, path)
+
+
 # ---- Log and pictures --------------------------------------------------------------------------------------
 class Log:
-    """Rank 0's voice: stdout and log.txt, metrics.jsonl, curves.png."""
+    """Rank 0's voice: stdout and log.txt, metrics.jsonl, curves.png; Weights & Biases where asked for."""
 
     def __init__(self, out: Path, rank: int):
-        self.out, self.rank = out, rank
+        self.out, self.rank, self.wandb = out, rank, None
+
+    def start_wandb(self, cfg: Config, model, facts: dict):
+        """Settings and facts of data and model go up at once, then what metrics.jsonl gets, by its keys."""
+        if self.rank or not cfg.wandb:
+            return
+        try:
+            import wandb
+        except ImportError:
+            raise ValueError("--wandb: the package is not installed; pip install wandb") from None
+        mark = self.out / "wandb_id"  # a resumed run goes on in its own curves
+        if not mark.exists():
+            unique = f"{self.out.resolve()} {time.time()}".encode()
+            mark.write_text(hashlib.blake2b(unique, digest_size=8).hexdigest())
+        self.wandb = wandb.init(
+            project=cfg.wandb_project, name=cfg.wandb_name or self.out.name, group=cfg.wandb_group or None,
+            tags=[tag for tag in cfg.wandb_tags.split(",") if tag], notes=cfg.wandb_notes or None,
+            id=mark.read_text(),
+            mode=cfg.wandb_mode, resume=cfg.wandb_resume, dir=str(self.out),
+            config=dataclasses.asdict(cfg) | facts)
+        if cfg.wandb_watch:
+            self.wandb.watch(model, log="all", log_freq=cfg.log_every)
 
     def say(self, text: str):
         if self.rank == 0:
@@ -378,6 +651,23 @@ class Log:
         if self.rank == 0:
             with open(self.out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(values) + "\n")
+        if self.wandb:
+            self.wandb.log(values, step=values["step"])
+
+    def rewind(self, step: int):
+        """Drops the rows after `step`, which will be made again, and a last one that a kill has cut."""
+        path = self.out / "metrics.jsonl"
+        if self.rank == 0 and path.exists():
+            whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
+            kept = [line + "\n" for line in whole if json.loads(line)["step"] <= step]
+            replace(path, "".join(kept))
+
+    def summary(self) -> dict:
+        """What the last evaluation left; nothing where a power cut has damaged it."""
+        try:
+            return dict(json.loads((self.out / "summary.json").read_text()))
+        except (FileNotFoundError, ValueError, TypeError):
+            return {}
 
     def draw_curves(self):
         """The losses, learning rate and headline number over steps."""
@@ -405,23 +695,25 @@ def describe(cfg, origin, model, images, world):
 
 # ---- Ranks and signals -------------------------------------------------------------------------------------
 class Stop:
-    """SIGTERM, SIGINT and SIGUSR1 ask for a checkpoint and an end at the next step; a second ends at once."""
+    """SIGTERM, SIGINT and SIGUSR1 ask for a checkpoint and an end at the next step; a second ends at once,
+    but within a second it is the same one: a terminal and torchrun both hand it on."""
 
     def __init__(self):
-        self.signal = 0
+        self.signal, self.since = 0, 0.0
         for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(name, self)
 
     def __call__(self, number, frame):
-        if self.signal:
+        if self.signal and time.monotonic() - self.since > 1:
             os._exit(self.code())
-        self.signal = number
+        if not self.signal:
+            self.signal, self.since = number, time.monotonic()
 
     def code(self) -> int:
         return 130 if self.signal == signal.SIGINT else 143
 
 
-def start_ranks() -> tuple[int, int, torch.device]:
+def start_ranks(timeout: float) -> tuple[int, int, torch.device]:
     """(rank, world, device) from torchrun's variables; one process without them."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
@@ -429,7 +721,8 @@ def start_ranks() -> tuple[int, int, torch.device]:
     if cuda:
         torch.cuda.set_device(device)
     if world > 1:  # gloo carries the small host-side agreements, NCCL the gradients
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
+                                timeout=datetime.timedelta(seconds=timeout))
     return rank, world, device
 
 
@@ -448,7 +741,8 @@ class Trainer:
         self.cfg, self.raw, self.model, self.device = cfg, model, model, device
         self.rank, self.world, self.log, self.sets = rank, world, log, sets
         self.accumulate = split_batch(cfg, world)
-        self.criterion = SetLoss(model.config["num_classes"], cfg.num_points)
+        classes = model.class_head.num_seen if cfg.stage else model.config["num_classes"]
+        self.criterion = SetLoss(classes, cfg.num_points)
         self.windows = anneal_windows(cfg, model.num_blocks)
         cuda = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(param_groups(model, cfg), cfg.lr, weight_decay=cfg.weight_decay,
@@ -459,6 +753,7 @@ class Trainer:
         self.cast = torch.autocast(device.type, dtypes[cfg.amp], enabled=cuda and cfg.amp != "off")
         self.scaler = torch.amp.GradScaler(enabled=cuda and cfg.amp == "fp16")
         self.best, self.bad, self.skipped, self.warned = -1.0, 0, 0, set()
+        self.done, self.missed, self.fault = 0, False, ""
 
     def wrap(self):
         """Compilation and ranks, after the weights are loaded."""
@@ -494,26 +789,63 @@ class Trainer:
         noise = query_noise(seeds, self.raw.num_blocks, cfg.num_queries).to(self.device, non_blocking=True)
         images = part.images.to(self.device, non_blocking=True)
         targets = [target.to(self.device) for target in part.targets]
+        if cfg.stage:  # unseen classes have no column: they are in no target and no negative
+            column = self.raw.class_head.column
+            targets = [dataclasses.replace(target, labels=column[target.labels]) for target in targets]
         last = index == self.accumulate - 1
         with contextlib.nullcontext() if last or self.world == 1 else self.model.no_sync():
             with self.cast:
                 predictions = self.model(images, mask_prob, noise)
-            losses = self.criterion(predictions, targets, norm, seeds, part.names)
+            losses = self.measure(predictions, targets, norm, seeds, part.names)
+            if self.cfg.stage and self.raw.distil:
+                losses = self.distill(losses, predictions[-1], targets, norm)
             self.scaler.scale(losses["loss"] * self.world).backward()  # DDP averages shares of a sum
         return {key: value.detach() for key, value in losses.items()}
+
+    def measure(self, predictions, *arguments) -> dict[str, torch.Tensor]:
+        """The criterion. Where the logits are not finite: NaN losses, so that this rank takes part in the
+        exchange of gradients and all ranks see the same."""
+        try:
+            return self.criterion(predictions, *arguments)
+        except NotFinite as error:
+            self.fault = str(error).split(";")[0]
+            loss = sum(p.masks.sum() + p.classes.sum() for p in predictions) * torch.nan
+            return dict.fromkeys(("loss", "mask", "dice", "class"), loss)
+
+    def distill(self, losses, last, targets, norm) -> dict[str, torch.Tensor]:
+        """Adds how far the adapted tower went from itself: patch by patch, and among texts on true regions.
+
+        This part's share of the mean over all patches and regions of the step."""
+        cfg, model, head = self.cfg, self.raw, self.raw.class_head
+        share = len(targets) / cfg.batch_size
+        terms = {"feat": cfg.distill_feat * share * feature_distill(last.student, last.teacher)}
+        grid = tuple(side // model.encoder.patch for side in targets[0].ids.shape[1:])
+        rows = []
+        for i, target in enumerate(targets):
+            z = siglip2.grid_logits(target.masks(), grid)[None]  # (1, T, h*w)
+            both = torch.stack([last.student[i], last.teacher[i]])  # (2, h*w, C)
+            rows.append(siglip2.map_pool(model.encoder, both, z.expand(2, -1, -1), mode=model.pool))
+        student, teacher = torch.cat(rows, 1)  # (R, C) each
+        owner, labels = head.column[head.owner[head.seen_rows]], torch.cat([t.labels for t in targets])
+        itc = itc_distill(student, teacher, head.rows[head.seen_rows], labels, owner, head.logit_scale.exp(),
+                          head.logit_bias)
+        terms["itc"] = cfg.distill_itc * itc * len(labels) / norm[0].clamp(min=1).to(itc)
+        losses = losses | {name: term.detach() for name, term in terms.items()}
+        return losses | {"loss": losses["loss"] + sum(terms.values())}
 
     def step(self, step, parts, norm) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """One optimiser step: this rank's losses and the gradient norm before clipping."""
         cfg = self.cfg
         for group in self.optimizer.param_groups:
             group["lr"] = cfg.lr * group["factor"] * lr_at(step, cfg.steps, group["part"], cfg.warmup)
+        if cfg.rope_rescale != 1:
+            draw = torch.rand((), generator=torch.Generator().manual_seed(slot_seed(cfg.seed, step, -1)))
+            self.raw.encoder.rope_scale.fill_(cfg.rope_rescale ** (2 * draw.item() - 1))  # log-uniform
         rows = [self.backward(step, i, part, norm) for i, part in enumerate(parts)]
         losses = {key: sum(row[key] for row in rows) for key in rows[0]}
         self.scaler.unscale_(self.optimizer)
         gradient = torch.nn.utils.clip_grad_norm_(self.raw.parameters(), cfg.clip_norm)
-        # DDP has made the gradients, and so this answer, the same on all ranks. Under fp16 the scaler itself
-        # skips steps whose gradient overflows.
-        if (losses["loss"] if self.scaler.is_enabled() else gradient).isfinite():
+        if self.finite(losses, gradient):
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
@@ -521,12 +853,26 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return losses, gradient
 
+    def finite(self, losses, gradient) -> bool:
+        """Whether the update may happen; the same answer on all ranks, since DDP has summed the gradients.
+        Under fp16 the scaler itself skips gradients that overflow, and the losses of all ranks decide."""
+        if not self.scaler.is_enabled():
+            return bool(gradient.isfinite())
+        return not total(torch.tensor([0.0 if losses["loss"].isfinite() else 1.0]), self.world)
+
     def not_finite(self, step, losses, gradient, parts):
         """A step with NaN or Inf leaves the weights alone; more of them than allowed end the run."""
         self.skipped += 1
         names = ", ".join(name for part in parts for name in part.names)
         text = ", ".join(f"{key} {value:.4g}" for key, value in losses.items())
-        fault = f"step {step + 1}: not finite ({text}, gradient {gradient:.4g}); images {names}"
+        mine = (bool(losses["loss"].isfinite()), f"rank {self.rank}: {self.fault or text}, images {names}")
+        rows = [mine]
+        if self.world > 1:
+            rows = [None] * self.world
+            dist.all_gather_object(rows, mine)
+        guilty = [text for good, text in rows if not good] or [text for _, text in rows]
+        fault = f"step {step + 1}: not finite, gradient {gradient:.4g} ({', '.join(guilty)})"
+        self.fault = ""
         if self.skipped > self.cfg.skip_nonfinite:
             raise ValueError(f"{fault}; lower --lr, or allow some with --skip-nonfinite")
         self.log.say(f"warning: {fault}; step skipped")
@@ -550,16 +896,23 @@ class Trainer:
         if self.rank == 0:
             folder = self.log.out / f"step-{step:08d}"
             save_checkpoint(folder, self.raw, self.optimizer, self.cfg, step, self.raw.meta)
-            tidy(self.log.out)
+            prune(self.log.out, step)
+
+    def due(self, done: int) -> bool:
+        """Whether an evaluation follows step `done`."""
+        return done == self.cfg.steps or bool(self.cfg.eval_every) and done % self.cfg.eval_every == 0
 
     def evaluate(self, step):
         """Validation on all ranks; rank 0 writes its line and pictures, and best/ when it is."""
         cfg, model, out = self.cfg, self.raw, self.log.out
         limit = 0 if step == cfg.steps else cfg.eval_limit
+        if cfg.stage:
+            evaluation.calibrate(model, self.sets["val"], cfg)
         result = evaluation.evaluate(model, self.sets["val"], self.rank, self.world, cfg.workers, limit)
         self.log.say(evaluation.line(result))
         self.log.record(step=step, **result.numbers)
         if self.rank == 0:
+            model.eval()  # the pictures: an open vocabulary has other classes in training
             (out / "viz").mkdir(exist_ok=True)
             predict.draw_comparison(model, self.sets["val"], out / "viz" / f"step_{step:08d}.png")
             predict.draw_bars(result.per_class, out / f"{result.headline.lower()}_per_class.png")
@@ -568,14 +921,27 @@ class Trainer:
                 self.best = result.numbers[result.headline]
                 save_checkpoint(out / "best", model, self.optimizer, cfg, step, model.meta, resumable=False)
             summary = dict(step=step, best=self.best, bad=self.bad, **result.numbers)
-            (out / "summary.json").write_text(json.dumps(summary, indent=1))
+            replace(out / "summary.json", json.dumps(summary, indent=1))
         model.train()
+
+    def watched(self, first: int, stop: Stop) -> int:
+        """`fit`; where another rank has died or hangs, the error says how far this one came."""
+        try:
+            return self.fit(first, stop)
+        except RuntimeError as error:
+            if self.world == 1:
+                raise
+            fault = (str(error) or type(error).__name__).splitlines()[0]
+            raise RuntimeError(f"rank {self.rank} after step {self.done}: {fault}; see the lines of the other "
+                               "ranks, then --resume") from error
 
     def fit(self, first: int, stop: Stop) -> int:
         """Steps first..cfg.steps; the exit code."""
-        cfg = self.cfg
+        cfg, self.done = self.cfg, first
         batches = data.loader(self.sets["train"], cfg.batch_size, cfg.steps, cfg.seed, first, self.rank,
                               self.world, cfg.device_batch_size, cfg.workers, pin=self.device.type == "cuda")
+        if self.missed:  # killed after the save and before the end of the evaluation
+            self.evaluate(first)
         self.raw.train()
         began, since = time.time(), first
         for step in range(first, cfg.steps):
@@ -586,14 +952,14 @@ class Trainer:
                 self.log.say(f"stopped by a signal at step {step}; continue with --resume")
                 return stop.code()
             losses, gradient = self.step(step, parts, norm)
-            done = step + 1
+            self.done = done = step + 1
             last = done == cfg.steps
             if last or done % cfg.log_every == 0:
                 self.report(done, losses, gradient, time.time() - began, done - since)
                 began, since = time.time(), done
             if last or done % cfg.save_every == 0:
                 self.save(done)
-            if last or cfg.eval_every and done % cfg.eval_every == 0:
+            if self.due(done):
                 self.evaluate(done)
                 began, since = time.time(), done
         return 0
@@ -609,37 +975,73 @@ def open_data(cfg: Config, rank: int) -> dict[str, data.SegmentDataset]:
     task = data.find_task(cfg.data, cfg.task)
     if not cfg.data:
         raise ValueError("--data is missing; give the folder that holds the data set's zips, or use --quick")
-    if cfg.data == QUICK["data"] and rank == 0 and not (Path(cfg.data) / "val2017.zip").exists():
+    seen = seen_classes(task.vocabulary, cfg.split)
+    missing = rank == 0 and not (Path(cfg.data) / "val2017.zip").exists()
+    if missing and cfg.data == QUICK["data"]:
         data.write_shapes(cfg.data, task.vocabulary, 1024, 128, 0)
+    if missing and cfg.data == QUICK_OPEN["data"]:
+        data.write_shapes(cfg.data, task.vocabulary, 2048, 300, 0, seen)
     if dist.is_initialized():
         dist.barrier()
     transform = data.Augment(cfg.size, cfg.scale, cfg.color_jitter)
-    return dict(train=data.SegmentDataset(cfg.data, task, "train", transform),
+    hidden = set(range(len(task.vocabulary.names))) - set(seen)
+    return dict(train=data.SegmentDataset(cfg.data, task, "train", transform, hidden, cfg.split_policy),
                 val=data.SegmentDataset(cfg.data, task, "val"))
+
+
+def open_model(cfg: Config, task, rank: int, sets, begin) -> eomt.OpenVocabEoMT:
+    """The model of a stage, and in its meta what evaluation and prediction need beside the weights."""
+    ours = cfg.quick and cfg.encoder_weights == QUICK_OPEN["encoder_weights"]
+    if ours and not cfg.dry_run and not begin:
+        if rank == 0 and not (Path(cfg.encoder_weights) / "model.safetensors").exists():
+            toy.pretrain(cfg.encoder_weights, vocab.SHAPES_OPEN, cfg.pretrain_steps, cfg.seed)
+        if dist.is_initialized():
+            dist.barrier()
+    model = make_open(cfg, task.vocabulary, begin)
+    if rank == 0 and cfg.stage != "A" and not begin:
+        heads = "which train too" if cfg.train_heads else "which stay so without --train-heads"
+        print(f"stage {cfg.stage} without --init: starts from {cfg.encoder_weights} and random heads, "
+              f"{heads}; give a run of the stage before as --init")
+    elif rank == 0 and begin:
+        print(f"stage {cfg.stage} starts from {cfg.init or cfg.out}")
+    text = cfg.text_weights or cfg.encoder_weights
+    seen = seen_classes(task.vocabulary, cfg.split)
+    kept = begin[2] if begin else dict(
+        text=text, tokenizer=cfg.tokenizer, template=cfg.templates, languages=cfg.languages,
+        templates=list(vocab.TEMPLATES[cfg.templates]))
+    model.meta = {key: kept[key] for key in ("text", "tokenizer", "template", "templates", "languages")}
+    model.meta |= dict(stage=cfg.stage, split=cfg.split, split_policy=cfg.split_policy, seen=list(seen),
+                       trained=[task.vocabulary.name, list(seen)], thresholds=evaluation.THRESHOLDS,
+                       ov={key: value for key, value in vars(cfg).items() if key.startswith("ov_")},
+                       counts=sets["train"].class_counts().tolist() if sets else [])
+    return model
 
 
 def start(trainer: Trainer) -> int:
     """Weights of the first step, and its number; a full or read-only disk is found now, not in an hour."""
     cfg, log, model = trainer.cfg, trainer.log, trainer.raw
     first = resume(log.out, model, trainer.optimizer, cfg, log.say) if cfg.resume else 0
-    if not first:
+    if not first and not cfg.stage:
         load_start(model, cfg, log.say)
-    elif (log.out / "summary.json").exists():
-        trainer.best = json.loads((log.out / "summary.json").read_text())["best"]
+    if cfg.resume:
+        summary = log.summary()
+        trainer.best = summary.get("best", -1.0)
+        trainer.missed = first > 0 and trainer.due(first) and summary.get("step") != first
+        log.rewind(first)
     if trainer.rank == 0:
-        trial = log.out / "trial"
+        trial = log.out / ".tmp-trial"
         save_checkpoint(trial, model, trainer.optimizer, cfg, first, model.meta)
         shutil.rmtree(trial)
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         sha = subprocess.run(git, capture_output=True, text=True).stdout.strip()
         record = dict(config=dataclasses.asdict(cfg), argv=sys.argv, git=sha, torch=torch.__version__)
-        (log.out / "config.json").write_text(json.dumps(record, indent=1))
+        replace(log.out / "config.json", json.dumps(record, indent=1))
     return first
 
 
 def run(cfg: Config, origin: dict) -> int:
     """Everything between the settings and the exit code."""
-    rank, world, device = start_ranks()
+    rank, world, device = start_ranks(cfg.timeout)
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -648,10 +1050,13 @@ def run(cfg: Config, origin: dict) -> int:
     split_batch(cfg, world)
     cfg.workers = min(cfg.workers, os.cpu_count() or 1)
     task = data.find_task(cfg.data, cfg.task)
+    begin = read_start(cfg) if cfg.stage else None
+    if begin:
+        inherit(cfg, origin, begin, task.vocabulary)
     sets = None if cfg.dry_run else open_data(cfg, rank)
     images = len(sets["train"]) if sets else IMAGES.get(cfg.task, cfg.batch_size)
     cfg.steps = cfg.steps or max(1, int(cfg.epochs * (images // cfg.batch_size)))
-    model = make_model(cfg, task.vocabulary)
+    model = open_model(cfg, task, rank, sets, begin) if cfg.stage else make_model(cfg, task.vocabulary)
     if rank == 0:
         describe(cfg, origin, model, images, world)
     if cfg.dry_run:
@@ -663,12 +1068,17 @@ def run(cfg: Config, origin: dict) -> int:
     if world > 1:
         dist.barrier()
     words = task.vocabulary
-    model.meta = dict(task=cfg.task, kind=task.kind, size=cfg.size, data=cfg.data, names=list(words.names),
-                      ids=list(words.ids), thing=list(words.thing))
+    model.meta |= dict(task=cfg.task, kind=task.kind, size=cfg.size, data=cfg.data, names=list(words.names),
+                       ids=list(words.ids), thing=list(words.thing))
     trainer = Trainer(cfg, model.to(device), device, rank, world, Log(out, rank), sets)
     first, began = start(trainer), time.time()
     trainer.wrap()
-    code = trainer.fit(first, Stop())
+    facts = dict(train_images=images, val_images=len(sets["val"]),
+                 parameters=sum(p.numel() for p in model.parameters()))
+    trainer.log.start_wandb(cfg, model, facts)
+    code = trainer.watched(first, Stop())
+    if trainer.log.wandb:
+        trainer.log.wandb.finish(code)
     if code == 0:
         trainer.log.say(f"done in {time.time() - began:.0f} s: {out}/best, {out}/curves.png, {out}/viz\n"
                         f"next: python eval.py --ckpt {out}    python predict.py --ckpt {out} IMAGE")

@@ -1,79 +1,103 @@
-"""Two gloo ranks equal one process: training losses and weights, evaluation to the last digit."""
+"""Two gloo ranks equal one process in training and evaluation; what they do when one stops, dies, hangs, or is
+not finite."""
 
 # SPDX-License-Identifier: MIT
 import json
+import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import data
+import eomt
+import eval as evaluation
+import losses
 import train
 
-from .test_train import TINY, run, shapes, short_run  # noqa: F401 (fixtures)
+from .test_resume import STEPS, Run, rows, straight  # noqa: F401 (fixture)
+from .test_train import ROOT, TINY, shapes  # noqa: F401 (fixture)
 
 
-def rows(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+def two(out, shapes, *argv, patch=None):  # noqa: F811
+    return Run(out, *STEPS, "--data", shapes, "--out", out, *argv, ranks=2, patch=patch)
+
+
+def torchrun(out, shapes, *argv):  # noqa: F811
+    """The real launcher, its output in a file."""
+    head = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
+            "--rdzv_endpoint=localhost:0", str(ROOT / "train.py")]
+    log = open(out.with_suffix(".log"), "w")
+    words = [*STEPS, "--data", shapes, "--out", out, *argv]
+    return subprocess.Popen([*head, *map(str, words)], stdout=log, stderr=log, start_new_session=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def until(out, words, seconds=60):
+    path, end = out.with_suffix(".log"), time.monotonic() + seconds
+    while words not in path.read_text():
+        assert time.monotonic() < end, path.read_text()
+        time.sleep(0.01)
+
+
+def processes(out):
+    """Ids of all processes of this run, but for zombies: ranks and data processes."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            command, status = (path / "cmdline").read_bytes(), (path / "stat").read_text()
+        except OSError:
+            continue
+        if str(out).encode() in command and b"torch.distributed.run" not in command and ") Z " not in status:
+            found.append(int(path.name))
+    return found
 
 
 @pytest.mark.parametrize("device_batch", [2, 1])
-def test_training_two_ranks_equal_one(short_run, shapes, tmp_path, device_batch):  # noqa: F811
+def test_training_two_ranks_equal_one(straight, shapes, tmp_path, device_batch):  # noqa: F811
     """Same seeds, same order, same random points: only the order of sums differs, also with accumulation."""
-    out, _ = short_run
-    done = run(
-        "train.py",
-        *TINY,
-        "--data",
-        shapes,
-        "--out",
-        tmp_path / "two",
-        "--device-batch-size",
-        device_batch,
-        ranks=2,
-    )
-    assert done.returncode == 0, done.stderr
-    for a, b in zip(rows(out), rows(tmp_path / "two"), strict=True):
+    run = two(tmp_path / "two", shapes, "--device-batch-size", device_batch)
+    assert run.wait() == [0, 0], run.text()
+    one, both = rows(straight), rows(tmp_path / "two")
+    assert abs(one[0]["loss"] - both[0]["loss"]) < 1e-5 * one[0]["loss"]  # step 1: the same weights
+    for a, b in list(zip(one, both, strict=True))[:4]:
         for key in ("loss", "mask", "dice", "class", "grad"):
-            if key in a:
-                assert abs(a[key] - b[key]) <= 2e-3 * abs(a[key]), (key, a, b)
-    one, two = rows(out)[0], rows(tmp_path / "two")[0]
-    assert abs(one["loss"] - two["loss"]) < 1e-5 * one["loss"]  # step 1: the same weights
+            assert abs(a[key] - b[key]) <= 2e-3 * abs(a[key]), (key, a, b)
 
 
-def test_accumulation_equals_one_batch(short_run, shapes, tmp_path):  # noqa: F811
-    out, _ = short_run
-    done = run("train.py", *TINY, "--data", shapes, "--out", tmp_path / "run", "--device-batch-size", 1)
-    assert done.returncode == 0, done.stderr
-    first, again = rows(out)[0], rows(tmp_path / "run")[0]
-    assert abs(first["loss"] - again["loss"]) < 1e-5 * first["loss"]
-    assert abs(first["grad"] - again["grad"]) < 1e-4 * first["grad"]
-
-
-def test_evaluation_two_ranks_same_digits(short_run, shapes, tmp_path):  # noqa: F811
+def test_evaluation_two_ranks_same_digits(straight, shapes, tmp_path):  # noqa: F811
     """7 images on 2 ranks, and 1 image on 2 ranks: no image twice or missing, equal JSON."""
-    out, _ = short_run
     for limit in (0, 1):
-        for ranks in (0, 2):
-            done = run(
-                "eval.py",
-                "--ckpt",
-                out,
-                "--data",
-                shapes,
-                "--workers",
-                0,
-                "--limit",
-                limit,
-                "--out",
-                tmp_path / f"{limit}-{ranks}.json",
-                ranks=ranks,
-            )
-            assert done.returncode == 0, done.stderr
-            assert len(re.findall(r"^PQ ", done.stdout, re.M)) == 1
-        a, b = ((tmp_path / f"{limit}-{ranks}.json").read_text() for ranks in (0, 2))
+        for ranks in (1, 2):
+            argv = ("--ckpt", straight, "--data", shapes, "--workers", 0, "--limit", limit, "--out",
+                    tmp_path / f"{limit}-{ranks}.json")
+            run = Run(tmp_path / "eval", *argv, ranks=ranks, main=evaluation.main)
+            assert run.wait() == [0] * ranks, run.text()
+            assert len(re.findall(r"^PQ ", run.text(), re.M)) == 1
+        a, b = ((tmp_path / f"{limit}-{ranks}.json").read_text() for ranks in (1, 2))
         assert a == b and json.loads(a)["images"] == (limit or 7)
+
+
+def test_evaluation_ends_when_one_rank_cannot_read(straight, shapes, tmp_path):  # noqa: F811
+    """An undecodable image in the share of rank 1: no score from anyone, no waiting."""
+    root = shutil.copytree(shapes, tmp_path / "coco")
+    with zipfile.ZipFile(root / "val2017.zip") as file:
+        info = file.infolist()[1]
+    content = bytearray((root / "val2017.zip").read_bytes())
+    content[info.header_offset + 30 + len(info.filename) + 200] ^= 255  # its sum no longer fits
+    (root / "val2017.zip").write_bytes(content)
+    run = Run(tmp_path / "eval", "--ckpt", straight, "--data", root, "--workers", 0, ranks=2,
+              main=evaluation.main)
+    codes = run.wait(30)
+    assert all(codes) and "PQ" not in run.text() and f"val2017.zip!{info.filename}: " in run.text(), run.text()
 
 
 def test_gradient_does_not_depend_on_split(shapes):  # noqa: F811
@@ -97,3 +121,103 @@ def test_gradient_does_not_depend_on_split(shapes):  # noqa: F811
             torch.testing.assert_close(
                 other[key], want, rtol=1e-3, atol=1e-5 * want.abs().max().item() + 1e-9
             )
+
+
+# ---- Faults ------------------------------------------------------------------------------------------------
+def test_signal_to_one_rank_stops_all(shapes, tmp_path):  # noqa: F811
+    """Rank 1 alone is told: both agree, one checkpoint is saved, both end."""
+    out = tmp_path / "run"
+    run = two(out, shapes)
+    run.until("step 6/")
+    os.kill(run.pids[1], signal.SIGTERM)
+    assert run.wait(20) == [143, 143], run.text()
+    assert run.text().count("stopped by a signal at step") == 1
+    assert eomt.damaged(train.run_steps(out)[0]) is None and train.run_steps(out)[0].name > "step-00000005"
+
+
+def poison(rank, step=6, where=1):
+    """From the next call on, the logits of rank `where` at `step` are NaN."""
+    backward, criterion = train.Trainer.backward, losses.SetLoss.forward
+    now = [None]
+
+    def remember(self, number, *rest):
+        now[0] = number
+        return backward(self, number, *rest)
+
+    def spoil(self, predictions, *rest):
+        if rank == where and now[0] == step:
+            predictions = [p._replace(masks=p.masks * torch.nan) for p in predictions]
+        return criterion(self, predictions, *rest)
+
+    train.Trainer.backward, losses.SetLoss.forward = remember, spoil
+
+
+def test_not_finite_on_one_rank(shapes, tmp_path):  # noqa: F811
+    """Both ranks know before the update, say step, cause and images, and stop; or skip this step if allowed."""
+    out = tmp_path / "stop"
+    run = two(out, shapes, patch=poison)
+    assert run.wait(30) == [1, 1], run.text()
+    lines = [line for line in run.text().splitlines() if line.startswith("error: ")]
+    assert len(lines) == 2 and lines[0] == lines[1], run.text()
+    want = r"error: step 7: not finite, gradient nan \(rank 1: \S+\.jpg.*matching cost.*, images \S+\.jpg, "
+    assert re.match(want, lines[0]), lines
+    assert "rank 0" not in lines[0] and train.run_steps(out)[0].name == "step-00000005"
+    out = tmp_path / "skip"
+    run = two(out, shapes, "--skip-nonfinite", 1, patch=poison)
+    assert run.wait(60) == [0, 0], run.text()
+    assert run.text().count("warning: step 7: not finite") == 1 and run.text().count("step skipped") == 1
+    assert all(v.isfinite().all() for v in eomt.read(train.run_steps(out)[0])[1].values())
+    finite = [row["loss"] == row["loss"] for row in rows(out) if "loss" in row]
+    assert finite == [True] * 6 + [False] + [True] * 7
+
+
+def test_one_rank_hangs(shapes, tmp_path):  # noqa: F811
+    """The other waits --timeout seconds, then says how far it came; the checkpoint before is whole."""
+    out = tmp_path / "run"
+
+    def hang(rank):
+        step = train.Trainer.step
+        train.Trainer.step = lambda self, number, *rest: (rank == 1 and number == 6 and time.sleep(600), step(
+            self, number, *rest))[1]
+
+    run = two(out, shapes, "--timeout", 3, patch=hang)
+    end = time.monotonic() + 40
+    while "error: " not in run.text() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert re.search(r"^error: rank 0 after step 6: .*[Tt]ime.*; see the lines of the other ranks", run.text(),
+                     re.M), run.text()
+    os.kill(run.pids[1], signal.SIGKILL)  # torchrun's part
+    assert run.wait(10) == [1, -signal.SIGKILL]
+    assert eomt.damaged(train.run_steps(out)[0]) is None
+
+
+def test_one_rank_killed_under_torchrun(shapes, tmp_path):  # noqa: F811
+    """The whole job ends non-zero in seconds, nothing is left running, and it resumes under torchrun; then
+    SIGTERM to the launcher: saved, and ended."""
+    out = tmp_path / "run"
+    job = torchrun(out, shapes, "--steps", 4000, "--workers", 1, "--save-every", 4)
+    until(out, "step 6/")
+    ranks = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    victim = next(pid for pid in ranks if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+    began = time.monotonic()
+    os.kill(int(victim), signal.SIGKILL)
+    assert job.wait(30) != 0 and time.monotonic() - began < 30
+    end = time.monotonic() + 10  # data processes look for their parent every few seconds
+    while processes(out) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not processes(out)
+    assert re.search(r"^error: rank 0 after step \d+: ", out.with_suffix(".log").read_text(), re.M)
+    train.tidy(out)
+    assert all(eomt.damaged(folder) is None for folder in train.run_steps(out))
+
+    job = torchrun(out, shapes, "--steps", 4000, "--workers", 1, "--save-every", 1000, "--resume")
+    until(out, "resumed")
+    resumed = int(re.search(r"resumed \S+step-(\d+)", out.with_suffix(".log").read_text()).group(1))
+    assert resumed >= 4
+    until(out, f"step {resumed + 3}/")
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(30) != 0
+    text = out.with_suffix(".log").read_text()
+    stopped = int(re.search(r"stopped by a signal at step (\d+)", text).group(1))
+    assert train.run_steps(out)[0].name == f"step-{stopped:08d}" and stopped >= resumed + 3
+    assert eomt.damaged(train.run_steps(out)[0]) is None and not processes(out)

@@ -880,3 +880,19 @@ def test_header_is_json(tmp_path):
     with safe_open(tmp_path / "m.safetensors", "pt") as file:
         header = json.loads(file.metadata()["nanoeomt"])
     assert header["meta"]["task"] == "shapes" and header["config"]["encoder"]["patch"] == 8
+
+
+def test_rope_scale_is_for_training_alone():
+    """DINOv3's stretched coordinates equal transformers' rescale in training mode and vanish at evaluation."""
+    modeling = transformers().models.dinov3_vit.modeling_dinov3_vit
+    model = tiny(rope=100.0)
+    pixels, scale = images(1, 3, 32, 48), 1.7
+    plain = model(pixels)[-1].masks
+    model.encoder.rope_scale.fill_(scale)
+    assert torch.equal(model(pixels)[-1].masks, plain)
+    model.train()
+    assert (model(pixels)[-1].masks - plain).abs().max() > 1e-2
+    centres = modeling.get_patches_center_coordinates(4, 6, torch.float32, torch.device("cpu")) * scale
+    inverse = 1 / 100.0 ** torch.arange(0, 1, 4 / 16)
+    want = (2 * torch.pi * centres[:, :, None] * inverse).flatten(1).tile(2)
+    torch.testing.assert_close(eomt.rope_angles((4, 6), 16, 100.0, "cpu") * scale, want)

@@ -3,6 +3,7 @@
 # SPDX-License-Identifier: MIT
 import ast
 import dataclasses
+import json
 import re
 import shlex
 import subprocess
@@ -11,21 +12,24 @@ from pathlib import Path
 
 import pytest
 
+from .test_train import shapes, short_run  # noqa: F401 (fixtures)
+
 ROOT = Path(__file__).resolve().parents[1]
 # Above the first plan: eomt, data, metrics, train. Readers of five official formats, own data
 # and their fault lines do not fit 700 lines, and the list of files is fixed.
 # file: (third party, ours, line budget); "+" third party only inside functions, "?" ours only behind a guard
 HOUSE = {
     "vocab.py": ("", "", 700),
-    "eomt.py": ("torch +safetensors +huggingface_hub +numpy +PIL", "?kernels", 900),
-    "siglip2.py": ("torch +safetensors +tokenizers +sentencepiece", "?kernels", 450),
+    "eomt.py": ("torch +safetensors +huggingface_hub +numpy +PIL", "?kernels", 1170),
+    "siglip2.py": ("torch +safetensors +tokenizers +sentencepiece +huggingface_hub", "?kernels", 540),
+    "toy.py": ("torch numpy +tokenizers", "data siglip2 vocab losses", 120),  # the tower of train.py --quick
     "lora.py": ("torch", "", 200),
     "losses.py": ("torch scipy", "?kernels", 450),
     "metrics.py": ("numpy", "", 520),
     "data.py": ("torch numpy PIL", "vocab +metrics", 1450),
-    "eval.py": ("torch numpy tqdm PIL", "data eomt metrics siglip2 lora losses vocab", 350),
-    "predict.py": ("torch numpy PIL tqdm", "data eomt metrics siglip2 lora losses vocab", 300),
-    "train.py": ("torch tqdm +wandb", "data eomt eval predict losses metrics siglip2 lora vocab", 750),
+    "eval.py": ("torch numpy tqdm PIL", "data eomt metrics siglip2 lora losses vocab", 600),
+    "predict.py": ("torch numpy PIL tqdm", "data eomt metrics siglip2 lora losses vocab", 400),
+    "train.py": ("torch tqdm +wandb", "data eomt eval predict losses metrics siglip2 lora vocab toy", 1120),
     "bench.py": ("torch numpy", "data eomt eval predict losses metrics siglip2 lora vocab kernels", 400),
 }
 KERNEL_LINES = 450
@@ -184,6 +188,8 @@ def test_config_every_field_is_read():
         and isinstance(node.value, ast.Name | ast.Attribute)
         and ast.unparse(node.value).endswith("cfg")
     }
+    options = ast.walk(ast.parse((ROOT / "eval.py").read_text()))  # calibrate() reads the ov_ fields
+    read |= {n.attr for n in options if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "options"}
     read |= {"debug", "config"}  # read before a Config exists: from sys.argv and in parse()
     assert "--debug" in text and 'given["config"]' in text
     unread = {field.name for field in dataclasses.fields(train.Config)} - read
@@ -225,3 +231,15 @@ def test_readme_commands_parse(capsys, monkeypatch):
 def test_readme_quick_start_comes_first():
     head = (ROOT / "README.md").read_text().splitlines()[:15]
     assert any(line.startswith("![") for line in head) and any("train.py --quick" in line for line in head)
+
+
+def test_notebook_is_small_and_runs(short_run, monkeypatch):  # noqa: F811
+    """No outputs, under 10 kB, and its cells run as a script on a checkpoint."""
+    path = ROOT / "inference.ipynb"
+    cells = json.loads(path.read_text())["cells"]
+    assert path.stat().st_size < 10_000 and not any(cell.get("outputs") for cell in cells)
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    code = code.replace('"runs/quick"', repr(str(short_run[0])))
+    monkeypatch.chdir(ROOT)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

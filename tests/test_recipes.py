@@ -7,8 +7,8 @@ import eomt
 import train
 
 # What each recipe of the model zoo trains with. V2 / V3: DINOv2 / DINOv3 rows of optimiser and warm-up.
-V2 = dict(lr=1e-4, llrd=0.8, llrd_query_blocks=True, warmup=(500, 1000), first_window=())
-V3 = dict(lr=2e-4, llrd=0.8, llrd_query_blocks=False, warmup=(2000, 3000), first_window=())
+V2 = dict(lr=1e-4, llrd=0.8, llrd_query_blocks=True, warmup=(500, 1000), first_window=(), rope_rescale=1.0)
+V3 = dict(lr=2e-4, llrd=0.8, llrd_query_blocks=False, warmup=(2000, 3000), first_window=(), rope_rescale=2.0)
 EARLY = dict(first_window=(0, 3000))
 COCO = dict(num_queries=200, scale=(0.1, 2.0), color_jitter=False)
 ADE = dict(num_queries=200, scale=(0.1, 2.0), color_jitter=True, epochs=31)

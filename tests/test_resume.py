@@ -1,158 +1,228 @@
-"""Resuming equals never having stopped, bit by bit; signals; what a killed save leaves behind."""
+"""Resuming equals never having stopped, bit by bit: after signals, a kill, damage, a dead data process."""
 
 # SPDX-License-Identifier: MIT
+import json
 import os
-import shutil
+import re
 import signal
-import subprocess
+import socket
 import sys
-from functools import partial
+import time
+import traceback
+from pathlib import Path
 
 import pytest
 import torch
 
 import eomt
+import eval as evaluation
 import train
 
-from .test_train import ROOT, TINY, run, shapes, short_run  # noqa: F401 (fixtures)
+from .test_train import TINY, shapes  # noqa: F401 (fixture)
+
+STEPS = [*TINY, "--steps", "14", "--save-every", "5"]  # 6 steps an epoch: every cut is amid one
 
 
-def weights(folder):
-    return eomt.read(folder)[1]
+class Run:
+    """train.py, or eval.py, in forks of this process (no imports to wait for), a process group for each rank."""
+
+    def __init__(self, folder, *argv, ranks=1, patch=None, main=train.main):
+        self.log = Path(folder).with_suffix(f".{time.monotonic_ns()}.log")
+        self.log.touch()
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        self.pids, self.codes = [], {}
+        for rank in range(ranks):
+            pid = os.fork()
+            if not pid:
+                self.child([str(word) for word in argv], rank, ranks, port, patch, main)
+            self.pids.append(pid)
+
+    def child(self, argv, rank, ranks, port, patch, main):
+        code = 99
+        try:
+            os.setpgid(0, 0)
+            file = os.open(self.log, os.O_WRONLY | os.O_APPEND)
+            os.dup2(file, 1)
+            os.dup2(file, 2)
+            sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
+            if ranks > 1:
+                os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank),
+                                   MASTER_ADDR="localhost", MASTER_PORT=str(port))
+            if patch:
+                patch(rank)
+            sys.argv = ["x.py", *argv]
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def text(self):
+        return self.log.read_text()
+
+    def until(self, words, seconds=60):
+        """Waits for `words` in the output."""
+        end = time.monotonic() + seconds
+        while words not in self.text():
+            assert time.monotonic() < end, self.text()
+            time.sleep(0.005)
+
+    def wait(self, seconds=60):
+        """Exit codes of all ranks; where one takes longer than that, all are killed and the test fails."""
+        end = time.monotonic() + seconds
+        while len(self.codes) < len(self.pids):
+            for rank, pid in enumerate(self.pids):
+                done, status = (0, 0) if rank in self.codes else os.waitpid(pid, os.WNOHANG)
+                if done:
+                    self.codes[rank] = os.waitstatus_to_exitcode(status)
+            for rank, pid in enumerate(self.pids):
+                if rank not in self.codes and time.monotonic() > end:
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.01)
+        assert time.monotonic() <= end + 1, f"hangs\n{self.text()}"
+        return [self.codes[rank] for rank in range(len(self.pids))]
 
 
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+def rows(out):
+    """The logged numbers but for the speed."""
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "img_s"} for line in lines]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resume_bitwise(short_run, shapes, tmp_path, workers):  # noqa: F811
-    """Stopped in the middle of an epoch and resumed with other workers: the same weights and optimiser."""
-    out, _ = short_run
-    copy = tmp_path / "run"
-    shutil.copytree(out, copy)
-    shutil.rmtree(copy / "step-00000004")
-    shutil.rmtree(copy / "best")
-    done = run("train.py", *TINY, "--data", shapes, "--out", copy, "--resume", "--workers", workers)
-    assert done.returncode == 0 and "resumed" in done.stdout, done.stderr
-    assert same(weights(out / "step-00000004"), weights(copy / "step-00000004"))
-    a, b = (
-        torch.load(f / "step-00000004" / "resume.pt", weights_only=True)["optimizer"]["state"]
-        for f in (out, copy)
-    )
-    assert all(torch.equal(a[i][k], b[i][k]) for i in a for k in a[i])
+def same_run(a, b):
+    """Weights, optimiser, logged numbers and the choice of the best: bit by bit."""
+    last = train.run_steps(a)[0].name
+    states = [eomt.read(out / last)[1] for out in (a, b)]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0] | states[1])
+    states = [torch.load(out / last / "resume.pt", weights_only=True)["optimizer"]["state"] for out in (a, b)]
+    assert all(torch.equal(states[0][i][k], states[1][i][k]) for i in states[0] for k in states[0][i])
+    assert repr(rows(a)) == repr(rows(b))  # nan is not nan
+    assert repr(train.Log(a, 0).summary()) == repr(train.Log(b, 0).summary())
+    names = [sorted(path.name for path in out.iterdir() if path.name != "log.txt") for out in (a, b)]
+    assert names[0] == names[1]
 
 
-def test_resume_skips_damaged(short_run, shapes, tmp_path):  # noqa: F811
-    """One flipped byte in the newest checkpoint: a warning, the one before is taken; named, an error."""
-    out, _ = short_run
-    copy = tmp_path / "run"
-    shutil.copytree(out, copy)
-    path = copy / "step-00000004" / "model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-100] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match="changed since it was written"):
-        eomt.load(copy / "step-00000004")
-    done = run("train.py", *TINY, "--data", shapes, "--out", copy, "--resume")
-    assert done.returncode == 0 and "warning" in done.stdout and "resumed" in done.stdout
-    assert same(weights(out / "step-00000004"), weights(copy / "step-00000004"))
+@pytest.fixture(scope="module")
+def straight(shapes, tmp_path_factory):  # noqa: F811
+    """The run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    run = Run(out, *STEPS, "--data", shapes, "--out", out)
+    assert run.wait() == [0], run.text()
+    return out
 
 
-def test_sigterm_saves_and_resumes(short_run, shapes, tmp_path):  # noqa: F811
-    argv = [
-        *TINY,
-        "--data",
-        str(shapes),
-        "--out",
-        str(tmp_path / "run"),
-        "--steps",
-        "400",
-        "--save-every",
-        "1000",
-    ]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *argv],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    for line in process.stdout:
-        if line.startswith("step 3/"):
-            process.send_signal(signal.SIGTERM)
-            break
-    rest = process.stdout.read()
-    assert process.wait(60) == 143 and "stopped by a signal" in rest
-    steps = train.run_steps(tmp_path / "run")
-    assert len(steps) == 1 and eomt.damaged(steps[0]) is None
-    stopped = int(steps[0].name[5:])
-    straight = run(
-        "train.py", *argv[:-4], "--steps", 400, "--save-every", 1000, "--out", tmp_path / "other", "--dry-run"
-    )
-    assert straight.returncode == 0 and 3 <= stopped < 400
+def resume(out, shapes, *argv):  # noqa: F811
+    """The next start, as a user types it; its output."""
+    run = Run(out, *STEPS, "--data", shapes, "--out", out, "--resume", *argv)
+    assert run.wait() == [0], run.text()
+    assert "resumed" in run.text()
+    return run.text()
 
 
-def test_killed_save_leaves_no_litter(short_run, shapes, tmp_path):  # noqa: F811
-    """What kill -9 can leave: a half-written temporary, and best/ moved aside; the next start tidies both."""
-    copy = tmp_path / "run"
-    shutil.copytree(short_run[0], copy)
-    (copy / ".tmp-step-00000006").mkdir()
-    (copy / ".tmp-step-00000006" / "model.safetensors").write_bytes(b"half")
-    os.rename(copy / "best", copy / ".old-best")
-    train.tidy(copy)
-    assert not list(copy.glob(".*")) and (copy / "best" / "model.safetensors").exists()
-
-
-def test_kill_at_every_file_operation(tmp_path, monkeypatch):
-    """A save is cut before its k-th file operation, for every k: a whole checkpoint is always there."""
-    cfg, _ = train.parse([*TINY, "--out", str(tmp_path)])
-    model = eomt.EoMT(eomt.ViT(16, 2, 2, 8, (2, 2)), 3, 2, 1)
-    optimizer = torch.optim.AdamW(model.parameters())
+@pytest.mark.parametrize("number,code,workers", [
+    (signal.SIGTERM, 143, 0), (signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 2), (signal.SIGUSR1, 143, 1)])
+def test_signal_saves_and_resumes_bitwise(straight, shapes, tmp_path, number, code, workers):  # noqa: F811
+    """The signal goes to the whole group, as a terminal and cluster managers send it, and a second one at once,
+    as torchrun adds: saved at the next step, resumed with another number of workers."""
     out = tmp_path / "run"
-    train.save_checkpoint(out / "step-00000001", model, optimizer, cfg, 1, {})
-    train.save_checkpoint(out / "best", model, optimizer, cfg, 1, {}, resumable=False)
+    run = Run(out, *STEPS, "--data", shapes, "--out", out, "--workers", workers)
+    run.until("step 7/")
+    os.killpg(run.pids[0], number)
+    time.sleep(0.05)
+    os.kill(run.pids[0], signal.SIGTERM)
+    assert run.wait(20) == [code], run.text()
+    stopped = int(re.search(r"stopped by a signal at step (\d+)", run.text()).group(1))
+    assert 7 <= stopped <= 9 and "error" not in run.text() and "Traceback" not in run.text()
+    assert [path.name for path in train.run_steps(out)] == [f"step-{stopped:08d}", "step-00000005"]
+    resume(out, shapes, "--workers", 1 if workers != 1 else 0)
+    same_run(straight, out)
 
-    class Killed(BaseException):
-        pass
 
-    def cut(k, work):
-        count = [0]
+def test_second_signal_ends_at_once(shapes, tmp_path):  # noqa: F811
+    """After a second's pause: not saved, nothing torn; the checkpoint before is there."""
+    out = tmp_path / "run"
 
-        def guarded(real):
-            def call(*args, **kwargs):
-                count[0] += 1
-                if count[0] == k:
-                    raise Killed
-                return real(*args, **kwargs)
+    def slow(rank):
+        step = train.Trainer.step
 
-            return call
+        def asleep(self, number, *rest):
+            if number == 6:
+                print("asleep", flush=True)
+                time.sleep(30)
+            return step(self, number, *rest)
 
-        with monkeypatch.context() as m:
-            for owner, name in (
-                (os, "rename"),
-                (os, "fsync"),
-                (os, "open"),
-                (torch, "save"),
-                (eomt, "save"),
-                (eomt, "sha256"),
-                (shutil, "rmtree"),
-            ):
-                m.setattr(owner, name, guarded(getattr(owner, name)))
-            try:
-                work()
-                return True
-            except Killed:
-                return False
+        train.Trainer.step = asleep
 
-    for name, resumable in (("step-00000002", True), ("best", False)):
-        k, finished = 0, False
-        while not finished:
-            k += 1
-            assert k < 200
-            save = partial(train.save_checkpoint, out / name, model, optimizer, cfg, 2, {}, resumable)
-            finished = cut(k, save)
-            train.tidy(out)
-            whole = [f for f in (*train.run_steps(out), out / "best") if f.exists()]
-            assert (out / "best").exists() and all(eomt.damaged(f) is None for f in whole)
-            assert (out / "step-00000001").exists() and not list(out.glob(".tmp-*"))
-        assert k > 8
+    run = Run(out, *STEPS, "--data", shapes, "--out", out, patch=slow)
+    run.until("asleep")
+    for pause in (1.3, 0):
+        os.kill(run.pids[0], signal.SIGINT)
+        time.sleep(pause)
+    assert run.wait(5) == [130]
+    assert [path.name for path in train.run_steps(out)] == ["step-00000005"]
+    assert eomt.damaged(out / "step-00000005") is None
+
+
+def test_kill_and_resume_bitwise(straight, shapes, tmp_path):  # noqa: F811
+    """SIGKILL amid steps, then amid the last evaluation, then amid its log line and summary; and damage."""
+    out = tmp_path / "run"
+    run = Run(out, *STEPS, "--data", shapes, "--out", out, "--workers", 2)
+    run.until("step 8/")
+    os.kill(run.pids[0], signal.SIGKILL)
+    assert run.wait(5) == [-signal.SIGKILL] and [p.name for p in train.run_steps(out)] == ["step-00000005"]
+
+    def die(rank):
+        evaluation.evaluate = lambda *rest: os.kill(os.getpid(), signal.SIGKILL)
+
+    run = Run(out, *STEPS, "--data", shapes, "--out", out, "--resume", patch=die)
+    assert run.wait() == [-signal.SIGKILL]
+    assert "step 14/14" in run.text() and not (out / "best").exists()
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 14, "PQ"')  # cut by the kill
+    (out / "summary.json").write_text("")  # and by a power cut
+    assert "step 14/14" not in resume(out, shapes)
+    same_run(straight, out)
+    # One flipped byte in the newest: the one before is taken, and all comes out the same.
+    flipped = bytearray((out / "step-00000014" / "model.safetensors").read_bytes())
+    flipped[-100] ^= 1
+    (out / "step-00000014" / "model.safetensors").write_bytes(flipped)
+    assert "changed since it was written; use another checkpoint; taking the one before" in resume(out, shapes)
+    same_run(straight, out)
+    (out / "step-00000014" / "model.safetensors").write_bytes(flipped)
+    with pytest.raises(ValueError, match="step-00000014!model.safetensors: .*changed since it was written"):
+        eomt.load(out / "step-00000014")
+
+
+def test_resume_with_other_settings(straight, shapes, tmp_path):  # noqa: F811
+    """Every key that differs is named; what belongs to the machine may differ."""
+    run = Run(tmp_path / "run", *STEPS, "--data", shapes, "--out", straight, "--resume", "--seed", 5, "--lr", 1)
+    assert run.wait() == [1]
+    line = run.text().splitlines()[-1]
+    assert re.fullmatch(r"error: \S+step-00000014: .*lr 0.002 -> 1.0, .*seed 0 -> 5; use the same, .*", line)
+
+
+def test_killed_data_process(straight, shapes, tmp_path):  # noqa: F811
+    out = tmp_path / "run"
+    run = Run(out, *STEPS, "--data", shapes, "--out", out, "--workers", 1, "--steps", 4000)
+    run.until("step 8/")
+    children = Path(f"/proc/{run.pids[0]}/task/{run.pids[0]}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert run.wait(20) == [1]
+    assert re.fullmatch(r"error: .*a data worker died.*; .*", run.text().splitlines()[-1]), run.text()
+    assert train.run_steps(out) and eomt.damaged(train.run_steps(out)[0]) is None
+
+
+def test_unwritable_folder_ends_before_the_first_step(shapes, tmp_path):  # noqa: F811
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file" / "run", Path("/proc/nothing")):
+        run = Run(tmp_path / "run", *STEPS, "--data", shapes, "--out", out)
+        assert run.wait() == [1]
+        assert run.text().splitlines()[-1].startswith("error: ") and "step 1/" not in run.text()
+        assert "Traceback" not in run.text()

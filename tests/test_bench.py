@@ -1,0 +1,247 @@
+"""bench.py: each subject prints tables and JSON without a GPU, and what it compares does the same work."""
+# SPDX-License-Identifier: MIT
+import argparse
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import bench
+import eomt
+from kernels import ahead
+
+
+def run_bench(monkeypatch, capsys, tmp_path, *words):
+    """Text and rows of `python bench.py WORDS --json ...`, run in this process."""
+    path = tmp_path / "rows.json"
+    monkeypatch.setattr(sys, "argv", ["bench.py", *words, "--json", str(path)])
+    bench.main()
+    return capsys.readouterr().out, json.loads(path.read_text())
+
+
+def measured(result, case):
+    """{name: row} of the one case whose title holds the words."""
+    titles = {row["case"] for row in result["rows"] if case in row["case"]}
+    assert len(titles) == 1, titles
+    return {row["name"]: row for row in result["rows"] if row["case"] in titles}
+
+
+def check_tables(text, result):
+    """Every row of the JSON is a line of a Markdown table with its header's number of cells."""
+    lines = text.splitlines()
+    assert lines[0].startswith("command: python bench.py ") and lines[1].startswith("gpu: ")
+    assert lines[2] == f"torch: {torch.__version__}" and lines[3].startswith("triton: ")
+    tables = [line for line in lines if line.startswith("|")]
+    assert len(tables) - 2 * sum(line.startswith("|---") for line in tables) == len(result["rows"])
+    widths = [line.count("|") for line in tables]
+    assert set(widths) <= {8, 9}  # rivals, ahead of time
+    for row in result["rows"]:
+        if "median" in row:
+            assert 0 < row["p20"] <= row["median"] <= row["p80"] and row["samples"] >= 2
+            assert f"| {row['name']} | {1e3 * row['median']:.4g} (" in text
+
+
+cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="these are the rows of a machine without a GPU")
+
+
+@cpu
+def test_bench_kernels(monkeypatch, capsys, tmp_path):
+    text, result = run_bench(monkeypatch, capsys, tmp_path, "kernels", "--quick")
+    check_tables(text, result)
+    rivals = ["ours", "mask expanded over heads (upstream)", "mask[:, None]", "split SDPA"]
+    for case in ("forward, tiny", "forward + backward, tiny 64", "mask + forward + backward"):
+        rows = measured(result, f"attention, {case}")
+        assert list(rows)[:4] == rivals and rows["FlexAttention"]["note"] == "CUDA only"
+        assert rows["ours"]["ours_over_it"] == 1
+        for name in rivals:  # all compute the same attention
+            assert rows[name]["error"] < 1e-5 and rows[name]["unit"] == "GFLOP/s" and rows[name]["rate"] > 0
+    assert "GPU rows were not run" in text
+    if ahead.triton:
+        compiled = [row for row in result["rows"] if row["case"] == "ahead of time"]
+        assert [row["arch"] for row in compiled] == ["sm_90", "sm_80"]
+        assert all(row["spilled bytes"] == 0 and row["registers"] > 60 for row in compiled)
+        assert compiled[0]["HGMMA"] > 0 and compiled[1]["HMMA"] > 0
+
+
+@cpu
+def test_bench_model(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("transformers")
+    text, result = run_bench(monkeypatch, capsys, tmp_path, "model", "--quick", "--batch", "1", "3")
+    check_tables(text, result)
+    for batch in (1, 3):
+        rows = measured(result, f"network, tiny 64, batch {batch},")
+        assert rows["ours"]["error"] < 1e-5 and rows["transformers Eomt"]["error"] < 1e-5
+        assert rows["ours, compiled"]["note"] == "CUDA only"
+    after = measured(result, "post-processing")
+    assert after["ours"]["error"] == 0 and after["transformers"]["ours_over_it"] > 0  # pixel by pixel
+    assert set(measured(result, "pre-processing")) == {"ours", "transformers"}
+
+
+@cpu
+def test_bench_train(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("transformers")
+    text, result = run_bench(monkeypatch, capsys, tmp_path, "train", "--quick")
+    check_tables(text, result)
+    assert measured(result, "set loss")["transformers Mask2FormerLoss"]["error"] < 0.1
+    rows = measured(result, "training step")
+    names = [name.split(",")[0] for name in rows]
+    assert names == ["whole", "data", "forward", "loss", "backward", "optimiser"]
+    shares = [int(name.split(", ")[1].removesuffix(" %")) for name in list(rows)[1:]]
+    assert 85 <= sum(shares) <= 115
+    assert measured(result, "forward + loss + backward, tiny")["transformers Eomt"]["ours_over_it"] > 0
+
+
+@cpu
+def test_bench_data(monkeypatch, capsys, tmp_path):
+    text, result = run_bench(monkeypatch, capsys, tmp_path, "data", "--quick")
+    check_tables(text, result)
+    rows = measured(result, "training crops of 64")
+    assert list(rows) == ["ours", "mask by mask"] and rows["ours"]["unit"] == "image/s"
+    assert rows["ours"]["rate"] == pytest.approx(2 / rows["ours"]["median"])
+
+
+@cpu
+def test_bench_metrics(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("pycocotools")
+    pytest.importorskip("hotcoco")
+    text, result = run_bench(monkeypatch, capsys, tmp_path, "metrics", "--quick")
+    check_tables(text, result)
+    for case, rivals in (("PQ", {"hotcoco", "panopticapi"}), ("mIoU", {"hotcoco"}),
+                         ("mask AP", {"pycocotools", "hotcoco"})):
+        rows = measured(result, case)
+        assert set(rows) == {"ours"} | rivals
+        assert all(row["error"] < 1e-9 for row in rows.values() if "note" not in row)
+        assert "error" in rows["hotcoco"]
+
+
+@cpu
+def test_bench_without_rivals_says_so(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(bench, "optional", lambda name: None)
+    text, result = run_bench(monkeypatch, capsys, tmp_path, "model", "--quick")
+    check_tables(text, result)
+    assert result["triton"] == "not installed"
+    for case, name in (("network", "transformers Eomt"), ("post-processing", "transformers")):
+        rows = measured(result, case)
+        assert rows[name]["note"] == "not installed" and rows["ours"]["median"] > 0
+    assert "| transformers Eomt | not installed |" in text
+
+
+@pytest.mark.parametrize("words, fault", [
+    (["model", "--quick", "--size", "100"], "error: --size 100: no multiple of the patch size; take a"),
+    (["data", "--quick", "--data", "/nowhere"], "error: /nowhere"),
+    (["metrics", "--quick", "--json", "/nowhere/rows.json"], "error: "),
+])
+def test_bench_mistakes_are_one_line(monkeypatch, words, fault):
+    monkeypatch.setattr(sys, "argv", ["bench.py", *words])
+    with pytest.raises(SystemExit) as stop:
+        bench.main()
+    assert str(stop.value).startswith(fault) and "\n" not in str(stop.value)
+
+
+def test_bench_unknown_subject(capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench.parser().parse_args(["speed"])
+    assert stop.value.code == 2 and "kernels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoder, size, tera", [
+    ("dinov2_large", 640, 1.336), ("dinov2_large", 1280, 8.29), ("dinov2_giant", 640, 4.52),
+    ("dinov2_giant", 1280, 25.4)])
+def test_model_flops_equal_the_published_arithmetic(encoder, size, tera):
+    with torch.device("meta"):
+        vit = eomt.ViT(**{"patch": 16, **eomt.ENCODERS[encoder]}, grid=(size // 16,) * 2)
+        model = eomt.EoMT(vit, 133)
+    assert bench.model_flops(model, size) / 1e12 == pytest.approx(tera, rel=2e-3)
+    more = bench.model_flops(model, size, 3) - bench.model_flops(model, size, 1)
+    one = bench.model_flops(model, size, 2) - bench.model_flops(model, size, 1)
+    assert more == 2 * one > 0
+
+
+def test_network_rows_run_each_network_once_a_call(monkeypatch):
+    """A rival that is called twice looks half as fast."""
+    pytest.importorskip("transformers")
+    captured, forwards = {}, []
+    monkeypatch.setattr(bench, "compare", lambda run, case, calls, *rest: captured.update(calls))
+    bench.bench_network(plain_run(encoder="tiny"), 64, 2)
+    networks = "EoMT", "EomtForUniversalSegmentation"
+
+    def count(module, args, out):
+        if type(module).__name__ in networks:
+            forwards.append(type(module).__name__)
+
+    hook = torch.nn.modules.module.register_module_forward_hook(count)
+    try:
+        for name, network in zip(("ours", "transformers Eomt"), networks, strict=True):
+            forwards.clear()
+            with torch.no_grad():
+                masks, classes = captured[name](0)
+            assert forwards == [network] and masks.shape == (2, 20, 16, 16) and classes.shape == (2, 20, 134)
+    finally:
+        hook.remove()
+
+
+def plain_run(**more):
+    return argparse.Namespace(quick=True, cuda=False, device=torch.device("cpu"), rows=[], data=None, **more)
+
+
+def test_compare_takes_ratios_within_a_round(monkeypatch, capsys):
+    """A machine that slows down in the middle changes no ratio; the table holds what the rows hold."""
+    speed, seen = {"ours": 0.002, "half": 0.004}, []
+
+    def clock(run, call, first, repeat=1):
+        seen.append((call.__name__, first, repeat))
+        return speed[call.__name__] * (5 if len(seen) > 4 else 1), None
+
+    def ours(i):
+        return i
+
+    def half(i):
+        return i
+
+    monkeypatch.setattr(bench, "clock", clock)
+    run = plain_run()
+    bench.compare(run, "case", {"ours": ours, "gone": "not installed", "half": half}, 4e9, "GFLOP/s",
+                  errors={"half": 0.25})
+    first, gone, second = run.rows
+    assert (first["ours_over_it"], second["ours_over_it"], gone["note"]) == (1, 0.5, "not installed")
+    assert first["error"] is None and second["error"] == 0.25 and second["floor_percent"] is None
+    assert first["rate"] == pytest.approx(4 / first["median"]) and first["median"] == pytest.approx(0.01)
+    assert [name for name, _, _ in seen[2:]] == ["ours", "half"] * 3  # in turn
+    assert [repeat for _, _, repeat in seen[2:4]] == [10, 5]  # 20 ms each
+    assert [first for name, first, _ in seen[2:] if name == "ours"] == [0, 10, 20]  # other inputs every time
+    assert "| half | 20 (10.4 / 20) | 0.50 | 200 GFLOP/s | - | - | 2.5e-01 |" in capsys.readouterr().out
+
+
+def test_clock_measures_all_calls():
+    seen = []
+    seconds, peak = bench.clock(plain_run(), lambda i: (seen.append(i), sum(range(20000))), 3, 4)
+    assert seen == [3, 4, 5, 6] and 0 < seconds < 1 and peak is None
+
+
+def test_mask_by_mask_does_what_the_loader_does(tmp_path):
+    """The rival's crop is ours: same window, picture within rounding, same segments."""
+    bench.data.write_shapes(tmp_path, bench.vocab.SHAPES, 6, 1, size=150)
+    dataset = bench.data.SegmentDataset(tmp_path, "shapes", "train", bench.data.Augment(64, (0.5, 2.0)))
+    jitter, bench.data.jitter = bench.data.jitter, lambda picture, rng: picture
+    try:
+        theirs = [bench.mask_by_mask(dataset, (0, i, 0)) for i in range(6)]
+    finally:
+        bench.data.jitter = jitter
+    compared = 0
+    for i, (image, masks) in enumerate(theirs):
+        ours = dataset[0, i, 0]
+        difference = (ours.image.int() - image.int()).abs()
+        assert image.dtype == torch.uint8 and difference.max() <= 2 and difference.float().mean() < 0.3
+        if len(masks) == len(ours.target.labels):  # a crowd is kept by the rival alone
+            compared += 1
+            assert (masks.sum(0) == ours.target.masks().sum(0)).float().mean() > 0.98
+    assert compared >= 4
+
+
+def test_ahead_lists_every_shipped_configuration():
+    names = [(name, arch) for name, arch, _, _ in ahead.jobs()]
+    assert len(names) == len(set(names)) == 2 * (3 * 7 + 1)
+    assert {arch for _, arch in names} == {80, 90} and ("pack_mask", 90) in names
+    assert np.all([set(constants) >= {"num_warps", "num_stages"} for *_, constants in ahead.jobs()])

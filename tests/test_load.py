@@ -1,0 +1,279 @@
+"""Foreign, damaged and hostile weight files: each loads with a note of what was changed, or ends in one line."""
+
+# SPDX-License-Identifier: MIT
+import json
+import re
+import struct
+import time
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import eomt
+import eval as evaluation
+import siglip2
+import train
+
+from .test_eomt import hf_state, zoo_state
+from .test_resume import STEPS, Run
+from .test_train import shapes  # noqa: F401 (fixture)
+
+LINE = re.compile(r"[^\n]+?: [^\n]+; [^\n]+")
+
+
+def tiny(classes=5, queries=7, width=64, depth=4, swiglu=False):
+    torch.manual_seed(0)
+    return eomt.EoMT(eomt.ViT(width, depth, 1, 16, (4, 4), swiglu=swiglu), classes, queries, 2)
+
+
+def open_model():
+    owner = torch.tensor([0, 0, 1, 2, 3, 3, 4])
+    head = siglip2.OpenVocabHead(64, torch.randn(7, 32), owner, [True, True, True, False, False], 0.0, 0.0)
+    model = eomt.OpenVocabEoMT(siglip2.VisionTower(64, 128, 3, 2, 16, 4), head, 6, 2, True, "copy", 3)
+    model.adapt(2, 2, 4)
+    return model
+
+
+def line_of(work):
+    """The one line of a refusal."""
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        work()
+    assert LINE.fullmatch(str(caught.value)), caught.value
+    return str(caught.value)
+
+
+# ---- what loads, and what is said about it -----------------------------------------------------------------
+@pytest.mark.parametrize("kind,words", [
+    ("zoo", ["network."]), ("parallel", ["module.", "network."]), ("compiled", ["_orig_mod.", "network."]),
+    ("lightning", ["network."]), ("hugging", ["Hugging Face names"]), ("bf16", ["bfloat16 made float32"]),
+    ("half", ["float16 made float32"]), ("double", ["float64 made float32"])])
+def test_foreign_spelling_loads_and_says(tmp_path, capsys, kind, words):
+    model = tiny().eval()
+    zoo = zoo_state(model, 2)
+    cast = {"bf16": torch.bfloat16, "half": torch.float16, "double": torch.float64}.get(kind)
+    state = {
+        "parallel": {f"module.{k}": v for k, v in zoo.items()},
+        "compiled": {k.replace("network.", "network._orig_mod.", 1): v for k, v in zoo.items()},
+        "lightning": {"state_dict": zoo, "epoch": 3, "hyper_parameters": {"lr": 1e-4}},
+        "hugging": hf_state(model) | {"attn_mask_probs": torch.zeros(2)},
+    }.get(kind, {k: v.to(cast) if cast and v.is_floating_point() else v for k, v in zoo.items()})
+    torch.save(state, tmp_path / "m.bin")
+    got = eomt.load(tmp_path / "m.bin")
+    for key, value in model.state_dict().items():
+        want = value.to(cast).float() if cast else value
+        assert got.state_dict()[key].dtype == torch.float32 and torch.equal(got.state_dict()[key], want), key
+    said = capsys.readouterr().err
+    assert said.startswith(f"note: {tmp_path}/m.bin: ") and said.count("\n") == 1
+    assert all(word in said for word in words), said
+
+
+def test_our_own_file_says_nothing(tmp_path, capsys):
+    for model in (tiny(), open_model()):
+        eomt.save(tmp_path / "m.safetensors", model, size=64)
+        eomt.load(tmp_path / "m.safetensors")
+    assert capsys.readouterr() == ("", "")
+
+
+# ---- tensors that do not fit -------------------------------------------------------------------------------
+def put(key, change):
+    return lambda state: state | {key: change(state[key])}
+
+
+def drop(key):
+    return lambda state: {k: v for k, v in state.items() if k != key}
+
+
+TENSORS = {
+    "transposed": (put("encoder.blocks.1.mlp.fc1.weight", lambda v: v.mT.contiguous()),
+                   ["encoder.blocks.1.mlp.fc1.weight", "(64, 256)", "(256, 64)"]),
+    "other head": (put("class_head.weight", lambda v: v[:3].clone()), ["class_head.weight", "(3, 64)", "(6, 64)"]),
+    "other width": (put("encoder.norm.weight", lambda v: v[:32].clone()), ["its header describes no model"]),
+    "quantised": (put("encoder.blocks.0.attn.proj.weight", lambda v: (v * 100).to(torch.int8)),
+                  ["encoder.blocks.0.attn.proj.weight holds torch.int8, the model wants torch.float32"]),
+    "boolean": (put("q.weight", lambda v: v > 0), ["q.weight holds torch.bool"]),
+    "nan": (put("q.weight", lambda v: v * torch.nan), ["m.safetensors!q.weight: NaN or Inf in 1 tensor(s)"]),
+    "inf": (put("mask_head.0.bias", lambda v: v + torch.inf), ["m.safetensors!mask_head.0.bias: NaN or Inf"]),
+    "missing": (drop("mask_head.2.bias"), ["missing mask_head.2.bias"]),
+    "no norm": (drop("encoder.norm.weight"), ["its header describes no model", "encoder.norm.weight"]),
+    "extra": (lambda state: state | {"extra.weight": torch.zeros(2)}, ["unexpected extra.weight"]),
+    "empty tensor": (put("q.weight", lambda v: v[:0].clone()), ["q.weight", "(0, 64)", "(7, 64)"]),
+    "scalar": (put("q.weight", lambda v: v[0, 0].clone()), ["q.weight", "()", "(7, 64)"]),
+    "nothing": (lambda state: {}, ["its header describes no model"]),
+}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_wrong_tensors_one_line(tmp_path, name):
+    change, words = TENSORS[name]
+    eomt.save(tmp_path / "m.safetensors", tiny())
+    header = json.dumps(dict(config=dict(encoder=tiny().encoder.config, **tiny().config), meta={}))
+    save_file(change(dict(tiny().state_dict())), tmp_path / "m.safetensors", {"nanoeomt": header})
+    text = line_of(lambda: eomt.load(tmp_path / "m.safetensors"))
+    assert str(tmp_path / "m.safetensors") in text and all(word in text for word in words), text
+
+
+# ---- headers that lie --------------------------------------------------------------------------------------
+def lie(**changes):
+    def change(header):
+        for path, value in changes.items():
+            *outer, last = path.split("__")
+            place = header
+            for key in outer:
+                place = place[key]
+            place[last] = value
+            if value is None:
+                del place[last]
+        return header
+
+    return change
+
+
+HEADERS = {
+    "depth": lie(config__encoder__depth=10**9), "width": lie(config__encoder__width=10**7),
+    "no depth": lie(config__encoder__depth=None), "text": lie(config__encoder__width="64"),
+    "heads 0": lie(config__encoder__heads=0), "heads": lie(config__encoder__heads=7),
+    "queries": lie(config__num_queries=10**12), "classes": lie(config__num_classes=10**12),
+    "negative": lie(config__num_queries=-1), "blocks": lie(config__num_blocks=99),
+    "no encoder": lie(config__encoder=None), "no config": lie(config=None), "no meta": lie(meta=None),
+    "list": lambda header: [1, 2], "number": lambda header: 3, "config list": lie(config=[1]),
+    "meta text": lie(meta="x"), "unknown key": lie(config__encoder__surprise=1),
+    "grid": lie(config__encoder__grid=[10**6, 10**6]), "grid text": lie(config__encoder__grid="ab"),
+    "patch": lie(config__encoder__patch=0), "registers": lie(config__encoder__registers=10**13),
+    "ffn": lie(config__encoder__ffn=10**12),
+}
+OPEN_HEADERS = {
+    "rows": lie(config__open__rows=10**12), "text_width": lie(config__open__text_width=10**12),
+    "classes": lie(config__num_classes=10**12), "adapters": lie(config__open__adapters={"rank": 3}),
+    "rank": lie(config__open__adapters__rank_attn=10**12), "fuse": lie(config__open__fuse_last=10**9),
+    "blocks": lie(config__open__query_blocks="none"), "no open": lie(config__open=None),
+    "open list": lie(config__open=[1]),
+}
+
+
+def header_file(path, model, change):
+    config = dict(encoder=model.encoder.config, **model.config)
+    if "open" in config:
+        rows, width = model.class_head.rows.shape
+        config["open"] = dict(config["open"], rows=rows, text_width=width, adapters=model.adapters)
+    header = change(json.loads(json.dumps(dict(config=config, meta=dict(size=64)))))
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path, {"nanoeomt": json.dumps(header)})
+
+
+def test_headers_that_lie_one_line(tmp_path):
+    """Each is refused at once, without the memory that it asks for."""
+    path = tmp_path / "m.safetensors"
+    for model, table in ((tiny(), HEADERS), (open_model(), OPEN_HEADERS)):
+        for name, change in table.items():
+            header_file(path, model, change)
+            began = time.monotonic()
+            with pytest.raises(ValueError) as caught:
+                eomt.load(path)
+            assert LINE.fullmatch(str(caught.value)) and time.monotonic() - began < 5, (name, caught.value)
+        header_file(path, model, lambda header: header)
+        eomt.load(path)
+
+
+def test_open_tables_that_lie(tmp_path):
+    """Owners beyond the classes would index past the end of a table."""
+    path = tmp_path / "m.safetensors"
+    for owner in ([0, 0, 1, 2, 3, 3, 9], [0, 0, 0, 0, 0, 0, 0], [-1, 0, 1, 2, 3, 3, 4]):
+        model = open_model()
+        model.class_head.owner = torch.tensor(owner)
+        header_file(path, model, lambda header: header)
+        assert "header describes no model" in line_of(lambda: eomt.load(path))
+
+
+def raw_safetensors(header: bytes, length=None, data=b"\0" * 64):
+    return struct.pack("<Q", len(header) if length is None else length) + header + data
+
+
+RAW = {
+    "length beyond the end": raw_safetensors(b"{}", 10**6), "length of the universe": raw_safetensors(b"{}", 2**63),
+    "no json": raw_safetensors(b"{{{{"), "offsets beyond": raw_safetensors(
+        b'{"q.weight":{"dtype":"F32","shape":[4,4],"data_offsets":[0,4096]}}'),
+    "offsets backwards": raw_safetensors(b'{"q.weight":{"dtype":"F32","shape":[4,4],"data_offsets":[64,0]}}'),
+    "shape lies": raw_safetensors(b'{"q.weight":{"dtype":"F32","shape":[4096,4096],"data_offsets":[0,64]}}'),
+    "shape overflows": raw_safetensors(
+        b'{"q.weight":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,64]}}'),
+    "unknown dtype": raw_safetensors(b'{"q.weight":{"dtype":"Q9","shape":[4,4],"data_offsets":[0,64]}}'),
+    "our header no json": raw_safetensors(
+        b'{"__metadata__":{"nanoeomt":"{"},"q.weight":{"dtype":"F32","shape":[4,4],"data_offsets":[0,64]}}'),
+    "our header deep": raw_safetensors(
+        b'{"__metadata__":{"nanoeomt":"' + b"[" * 200000
+        + b'"},"q.weight":{"dtype":"F32","shape":[4,4],"data_offsets":[0,64]}}'),
+    "deep": raw_safetensors(b"[" * 100000), "7 bytes": b"\1\0\0\0\0\0\0",
+}
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_raw_bytes_that_lie(tmp_path, name):
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(RAW[name])
+    assert str(path) in line_of(lambda: eomt.load(path))
+
+
+def test_every_cut_and_many_flips(tmp_path):
+    """A file cut anywhere never loads; one with a flipped byte in its header loads unchanged or not at all."""
+    model = eomt.EoMT(eomt.ViT(16, 2, 2, 8, (2, 2)), 3, 2, 1)
+    eomt.save(tmp_path / "whole.safetensors", model)
+    torch.save(zoo_state(model, 1), tmp_path / "whole.bin")
+    for suffix in ("safetensors", "bin"):
+        content, path = (tmp_path / f"whole.{suffix}").read_bytes(), tmp_path / f"cut.{suffix}"
+        for size in [*range(1, 64, 7), *range(64, len(content) - 1, len(content) // 30), len(content) - 1]:
+            path.write_bytes(content[:size])
+            line_of(lambda path=path: eomt.load(path))
+    content = (tmp_path / "whole.safetensors").read_bytes()
+    end = 8 + struct.unpack("<Q", content[:8])[0]
+    for at in range(0, end, end // 150):
+        path = tmp_path / "flip.safetensors"
+        path.write_bytes(content[:at] + bytes([content[at] ^ 2]) + content[at + 1:])
+        try:
+            eomt.load(path)
+        except (ValueError, FileNotFoundError) as error:
+            assert "\n" not in str(error) and str(path) in str(error)
+
+
+@pytest.mark.parametrize("text", [
+    "[]", "3", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "../other.safetensors"}}',
+    '{"weight_map": {"a": "/etc/passwd"}}', '{"weight_map": {"a": "model.safetensors.index.json"}}', "[" * 100000,
+    '{"weight_map": {"a": "gone.safetensors"}}', "{}"])
+def test_index_that_lies(tmp_path, text):
+    """Shards are files beside the index: no other folder, no index of indexes."""
+    (tmp_path / "m").mkdir()
+    save_file({"q.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    (tmp_path / "m" / "model.safetensors.index.json").write_text(text)
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        eomt.load(tmp_path / "m")
+    assert "\n" not in str(caught.value) and str(tmp_path / "m") in str(caught.value)
+
+
+def test_other_contents(tmp_path):
+    """Real files of other projects: an encoder, a text tower, a list, an optimiser, an empty dictionary."""
+    model = tiny()
+    encoder = {k: v for k, v in model.state_dict().items() if k.startswith("encoder.")}
+    for content, words in (
+            (encoder, "an encoder without heads"), ({"text_model.embeddings.w": torch.zeros(2)}, "no EoMT"),
+            ([torch.zeros(2)], "other things than tensors"), (torch.zeros(2), "other things than tensors"),
+            (torch.optim.AdamW(model.parameters()).state_dict(), "other things than tensors"), ({}, "no EoMT"),
+            ({"state_dict": {"q.weight": [1.0]}}, "other things than tensors"), ({3: torch.zeros(2)}, "")):
+        torch.save(content, tmp_path / "m.bin")
+        assert words in line_of(lambda: eomt.load(tmp_path / "m.bin")), content
+
+
+def test_eval_prints_no_score_and_training_does_not_begin(shapes, tmp_path):  # noqa: F811
+    """The scripts: exit 1, one error line, no traceback, no score, no step."""
+    header_file(tmp_path / "lies.safetensors", tiny(), HEADERS["depth"])
+    (tmp_path / "page.bin").write_bytes(b"<html>404</html>")
+    torch.save({"a": torch.zeros(2)}, tmp_path / "other.bin")
+    eomt.save(tmp_path / "classes.safetensors", tiny(), size=64)
+    for name in ("lies.safetensors", "page.bin", "other.bin", "classes.safetensors", "none.bin"):
+        run = Run(tmp_path / "eval", "--ckpt", tmp_path / name, "--data", shapes, "--task", "shapes",
+                  "--workers", 0, main=evaluation.main)
+        assert run.wait() == [1] and "PQ" not in run.text(), run.text()
+        assert re.fullmatch(rf"(note: [^\n]+\n)?error: [^\n]*{name}[^\n]*; [^\n]*\n", run.text()), run.text()
+    for flag, name in (("--init", "lies.safetensors"), ("--encoder-weights", "other.bin"), ("--init", "page.bin")):
+        run = Run(tmp_path / "t", *STEPS, "--data", shapes, "--out", tmp_path / "t", "--overwrite", flag,
+                  tmp_path / name, main=train.main)
+        assert run.wait() == [1] and "step 1/" not in run.text() and "Traceback" not in run.text(), run.text()
+        assert re.match(rf"error: [^\n]*{name}", run.text().splitlines()[-1]), run.text()
