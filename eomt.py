@@ -526,7 +526,7 @@ def panoptic(masks: Tensor, classes: Tensor, window, content, size, thing, score
     own, first = [], 0
     for logits in _restore(masks[keep], window, content, size):
         prob = logits.sigmoid()  # (n, H, W)
-        own.append((prob >= mask_threshold).flatten(1).sum(1))
+        own += [(p >= mask_threshold).count_nonzero() for p in prob]  # a sum would copy to int64
         value, index = (prob * scores[first:first + len(prob), None, None]).max(0)  # (H, W) x 2
         better = value > best  # (H, W)
         best = torch.where(better, value, best)
@@ -535,7 +535,7 @@ def panoptic(masks: Tensor, classes: Tensor, window, content, size, thing, score
         first += len(prob)
     assigned = torch.bincount(owner.flatten(), minlength=len(keep))  # (k,)
     final = torch.bincount(owner[inside], minlength=len(keep))  # (k,)
-    own = torch.cat(own)  # (k,)
+    own = torch.stack(own)  # (k,)
     good = (final > 0) & (assigned / own.clamp(min=1) >= overlap_threshold)  # (k,)
     return _merge_stuff(ids, owner, inside, good.tolist(), labels, scores, thing)
 
@@ -735,7 +735,7 @@ def damaged(folder: Path) -> str | None:
 
 def _json(path):
     if path.stat().st_size > 1 << 26:
-        raise ValueError(f"{path}: {path.stat().st_size} bytes, no configuration is so long; download it again")
+        raise ValueError(f"{path}: {path.stat().st_size} bytes, too long for a configuration; get it again")
     try:
         return json.loads(path.read_text())
     except (ValueError, RecursionError):
@@ -814,14 +814,14 @@ def _shards(path):
 def unpickle(path: Path):
     """What torch.save wrote, tensors and plain values only. Raises ValueError for code and for damage."""
     if torch.__version__ < "2.10":
-        raise ValueError(f"{path}: a pickle, which torch {torch.__version__} may not read safely; install 2.10")
+        raise ValueError(f"{path}: a pickle, which torch {torch.__version__} may not read safely; take 2.10")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, LookupError, RuntimeError, EOFError, OSError, ValueError, TypeError,
             AttributeError, AssertionError) as e:  # all that its reader of hostile bytes may run into
         if re.search(r"unsupported (global|class)|instantiate|not allowed", str(e).lower()):
             raise ValueError(f"{path}: refused: holds code; ask its author for safetensors") from None
-        raise ValueError(f"{path}: cut or damaged file ({type(e).__name__}); copy or download it again") from None
+        raise ValueError(f"{path}: cut or damaged file ({type(e).__name__}); download it again") from None
 
 
 def _tensors(path):

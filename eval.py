@@ -491,7 +491,7 @@ def open_words(model, words, args) -> None:
 
 
 def open_options(model, dataset, args) -> None:
-    """Calibrates; options that are not given are the ones that the checkpoint was evaluated with in training."""
+    """Calibrates; options not given are the ones that the checkpoint was evaluated with in training."""
     if "open" not in model.config:
         if args.sweep:
             raise ValueError(f"{args.ckpt}: closed classes; --sweep needs a run of train.py --stage")

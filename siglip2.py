@@ -27,7 +27,7 @@ SIZES = {  # width, hidden width of the MLPs, depth, heads of both towers, from 
     "base": (768, 3072, 12, 12), "large": (1024, 4096, 24, 16), "so400m": (1152, 4304, 27, 16),
     "giant-opt": (1536, 6144, 40, 16),  # its text tower is so400m's with out=1536
 }
-TOY = (64, 256, 4, 4)  # of the procedural world; toy.py pretrains it
+TOY = (64, 256, 4, 4)  # of the procedural world; train.py pretrains it
 EPS = 1e-6  # of every LayerNorm
 PAD, EOS, LENGTH = 0, 1, 64  # Gemma's ids; SigLIP 2 was trained on exactly 64 text tokens
 
@@ -363,6 +363,8 @@ def embed_text(tower: TextTower, tokenizer: Tokenizer, prompts: list[list[list[s
         if not synonyms or not all(synonyms):
             raise ValueError(f"prompts: class {k} has no synonym or one without prompts; give one")
         for ids in map(tokenizer, synonyms):  # (n, L)
+            if ids.max() >= (known := tower.tokens.num_embeddings):
+                raise ValueError(f"tokenizer: makes id {ids.max()}, the tower knows {known}; give its own")
             key = hashlib.sha256(weights.digest() + ids.numpy().tobytes()).hexdigest()
             if key not in rows:  # synonym by synonym: a row does not depend on what else is missing
                 units = F.normalize(tower(ids.to(tower.positions.device)).float(), dim=-1)  # (n, C_t)

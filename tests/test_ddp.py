@@ -1,4 +1,4 @@
-"""Two gloo ranks equal one process in training and evaluation; what they do when one stops, dies, hangs, or is
+"""Two gloo ranks equal one process in training and evaluation; what they do when one stops, dies, hangs, is
 not finite."""
 
 # SPDX-License-Identifier: MIT
@@ -33,12 +33,24 @@ def two(out, shapes, *argv, patch=None):  # noqa: F811
 
 def torchrun(out, shapes, *argv):  # noqa: F811
     """The real launcher, its output in a file."""
-    head = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
-            "--rdzv_endpoint=localhost:0", str(ROOT / "train.py")]
+    head = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--rdzv_backend=c10d",
+        "--rdzv_endpoint=localhost:0",
+        str(ROOT / "train.py"),
+    ]
     log = open(out.with_suffix(".log"), "w")
     words = [*STEPS, "--data", shapes, "--out", out, *argv]
-    return subprocess.Popen([*head, *map(str, words)], stdout=log, stderr=log, start_new_session=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(
+        [*head, *map(str, words)],
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
 
 
 def until(out, words, seconds=60):
@@ -77,8 +89,18 @@ def test_evaluation_two_ranks_same_digits(straight, shapes, tmp_path):  # noqa: 
     """7 images on 2 ranks, and 1 image on 2 ranks: no image twice or missing, equal JSON."""
     for limit in (0, 1):
         for ranks in (1, 2):
-            argv = ("--ckpt", straight, "--data", shapes, "--workers", 0, "--limit", limit, "--out",
-                    tmp_path / f"{limit}-{ranks}.json")
+            argv = (
+                "--ckpt",
+                straight,
+                "--data",
+                shapes,
+                "--workers",
+                0,
+                "--limit",
+                limit,
+                "--out",
+                tmp_path / f"{limit}-{ranks}.json",
+            )
             run = Run(tmp_path / "eval", *argv, ranks=ranks, main=evaluation.main)
             assert run.wait() == [0] * ranks, run.text()
             assert len(re.findall(r"^PQ ", run.text(), re.M)) == 1
@@ -94,10 +116,13 @@ def test_evaluation_ends_when_one_rank_cannot_read(straight, shapes, tmp_path): 
     content = bytearray((root / "val2017.zip").read_bytes())
     content[info.header_offset + 30 + len(info.filename) + 200] ^= 255  # its sum no longer fits
     (root / "val2017.zip").write_bytes(content)
-    run = Run(tmp_path / "eval", "--ckpt", straight, "--data", root, "--workers", 0, ranks=2,
-              main=evaluation.main)
+    run = Run(
+        tmp_path / "eval", "--ckpt", straight, "--data", root, "--workers", 0, ranks=2, main=evaluation.main
+    )
     codes = run.wait(30)
-    assert all(codes) and "PQ" not in run.text() and f"val2017.zip!{info.filename}: " in run.text(), run.text()
+    assert all(codes) and "PQ" not in run.text() and f"val2017.zip!{info.filename}: " in run.text(), (
+        run.text()
+    )
 
 
 def test_gradient_does_not_depend_on_split(shapes):  # noqa: F811
@@ -153,7 +178,7 @@ def poison(rank, step=6, where=1):
 
 
 def test_not_finite_on_one_rank(shapes, tmp_path):  # noqa: F811
-    """Both ranks know before the update, say step, cause and images, and stop; or skip this step if allowed."""
+    """Both ranks know before the update, say step, cause, images, and stop; or skip the step if allowed."""
     out = tmp_path / "stop"
     run = two(out, shapes, patch=poison)
     assert run.wait(30) == [1, 1], run.text()
@@ -177,16 +202,20 @@ def test_one_rank_hangs(shapes, tmp_path):  # noqa: F811
 
     def hang(rank):
         step = train.Trainer.step
-        train.Trainer.step = lambda self, number, *rest: (rank == 1 and number == 6 and time.sleep(600), step(
-            self, number, *rest))[1]
+        train.Trainer.step = lambda self, number, *rest: (
+            rank == 1 and number == 6 and time.sleep(600),
+            step(self, number, *rest),
+        )[1]
 
     run = two(out, shapes, "--timeout", 3, patch=hang)
     end = time.monotonic() + 40
     while "error: " not in run.text() and time.monotonic() < end:
         time.sleep(0.05)
-    assert re.search(r"^error: rank 0 after step 6: .*[Tt]ime.*; see the lines of the other ranks", run.text(),
-                     re.M), run.text()
+    said = run.text()
     os.kill(run.pids[1], signal.SIGKILL)  # torchrun's part
+    assert re.search(
+        r"^error: rank 0 after step 6: .*[Tt]ime.*; see the lines of the other ranks", said, re.M
+    ), said
     assert run.wait(10) == [1, -signal.SIGKILL]
     assert eomt.damaged(train.run_steps(out)[0]) is None
 

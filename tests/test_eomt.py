@@ -883,7 +883,7 @@ def test_header_is_json(tmp_path):
 
 
 def test_rope_scale_is_for_training_alone():
-    """DINOv3's stretched coordinates equal transformers' rescale in training mode and vanish at evaluation."""
+    """DINOv3's stretched coordinates equal transformers' rescale in training and vanish at evaluation."""
     modeling = transformers().models.dinov3_vit.modeling_dinov3_vit
     model = tiny(rope=100.0)
     pixels, scale = images(1, 3, 32, 48), 1.7

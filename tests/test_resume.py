@@ -24,7 +24,7 @@ STEPS = [*TINY, "--steps", "14", "--save-every", "5"]  # 6 steps an epoch: every
 
 
 class Run:
-    """train.py, or eval.py, in forks of this process (no imports to wait for), a process group for each rank."""
+    """train.py, or eval.py, in forks of this process, a process group for each rank."""
 
     def __init__(self, folder, *argv, ranks=1, patch=None, main=train.main):
         self.log = Path(folder).with_suffix(f".{time.monotonic_ns()}.log")
@@ -48,8 +48,13 @@ class Run:
             os.dup2(file, 2)
             sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
             if ranks > 1:
-                os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank),
-                                   MASTER_ADDR="localhost", MASTER_PORT=str(port))
+                os.environ |= dict(
+                    RANK=str(rank),
+                    WORLD_SIZE=str(ranks),
+                    LOCAL_RANK=str(rank),
+                    MASTER_ADDR="localhost",
+                    MASTER_PORT=str(port),
+                )
             if patch:
                 patch(rank)
             sys.argv = ["x.py", *argv]
@@ -126,10 +131,12 @@ def resume(out, shapes, *argv):  # noqa: F811
     return run.text()
 
 
-@pytest.mark.parametrize("number,code,workers", [
-    (signal.SIGTERM, 143, 0), (signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 2), (signal.SIGUSR1, 143, 1)])
+@pytest.mark.parametrize(
+    "number,code,workers",
+    [(signal.SIGTERM, 143, 0), (signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 2), (signal.SIGUSR1, 143, 1)],
+)
 def test_signal_saves_and_resumes_bitwise(straight, shapes, tmp_path, number, code, workers):  # noqa: F811
-    """The signal goes to the whole group, as a terminal and cluster managers send it, and a second one at once,
+    """The signal goes to the whole group, as from a terminal or a cluster, and a second one at once,
     as torchrun adds: saved at the next step, resumed with another number of workers."""
     out = tmp_path / "run"
     run = Run(out, *STEPS, "--data", shapes, "--out", out, "--workers", workers)
@@ -193,7 +200,9 @@ def test_kill_and_resume_bitwise(straight, shapes, tmp_path):  # noqa: F811
     flipped = bytearray((out / "step-00000014" / "model.safetensors").read_bytes())
     flipped[-100] ^= 1
     (out / "step-00000014" / "model.safetensors").write_bytes(flipped)
-    assert "changed since it was written; use another checkpoint; taking the one before" in resume(out, shapes)
+    assert "changed since it was written; use another checkpoint; taking the one before" in resume(
+        out, shapes
+    )
     same_run(straight, out)
     (out / "step-00000014" / "model.safetensors").write_bytes(flipped)
     with pytest.raises(ValueError, match="step-00000014!model.safetensors: .*changed since it was written"):
@@ -202,7 +211,9 @@ def test_kill_and_resume_bitwise(straight, shapes, tmp_path):  # noqa: F811
 
 def test_resume_with_other_settings(straight, shapes, tmp_path):  # noqa: F811
     """Every key that differs is named; what belongs to the machine may differ."""
-    run = Run(tmp_path / "run", *STEPS, "--data", shapes, "--out", straight, "--resume", "--seed", 5, "--lr", 1)
+    run = Run(
+        tmp_path / "run", *STEPS, "--data", shapes, "--out", straight, "--resume", "--seed", 5, "--lr", 1
+    )
     assert run.wait() == [1]
     line = run.text().splitlines()[-1]
     assert re.fullmatch(r"error: \S+step-00000014: .*lr 0.002 -> 1.0, .*seed 0 -> 5; use the same, .*", line)

@@ -19,7 +19,6 @@ import eval as evaluation
 import lora
 import predict
 import siglip2
-import toy
 import train
 import vocab
 
@@ -53,7 +52,7 @@ def world(tmp_path_factory):
     """A data set whose training images show seen classes only, and a tower pretrained on captions of all."""
     root = tmp_path_factory.mktemp("world")
     data.write_shapes(root / "data", WORDS, 256, 40, 0, SEEN)
-    toy.pretrain(root / "tower", WORDS, 250, 0, say=lambda text: None)
+    train.pretrain_toy(root / "tower", WORDS, 250, 0, say=lambda text: None)
     return root
 
 
@@ -551,7 +550,7 @@ def test_set_classes_cache_identity(world, stages, tmp_path):
 def other_tower(tmp_path_factory):
     """Another SigLIP 2: right files, other weights."""
     folder = tmp_path_factory.mktemp("other")
-    toy.pretrain(folder, WORDS, 1, 3, say=lambda text: None)
+    train.pretrain_toy(folder, WORDS, 1, 3, say=lambda text: None)
     return folder
 
 
@@ -637,6 +636,12 @@ def test_tokenizer_with_other_settings(world, tmp_path):
 
 
 # ---- the command line keeps its promises -------------------------------------------------------------------
+def test_tokenizer_of_a_larger_vocabulary(world):
+    text = siglip2.TextTower(*siglip2.TOY, vocab=8, length=4)
+    with pytest.raises(ValueError, match="the tower knows 8; give its own"):
+        siglip2.embed_text(text, siglip2.Tokenizer(world / "tower", 4), [[["a white cross"]]])
+
+
 def test_seed_words_name_real_flags():
     flags = set(train.parser()._option_string_actions)
     for word, flag in train.SEED_WORDS.items():
