@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from .test_tasks import make_own_masks
 from .test_train import shapes, short_run  # noqa: F401 (fixtures)
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -208,12 +209,15 @@ def readme_commands():
     ]
 
 
-def test_readme_commands_parse(capsys, monkeypatch):
+def test_readme_commands_parse(tmp_path, monkeypatch):
     """Every command the README shows is accepted: train.py resolves it, eval.py and predict.py parse it."""
     import eval as evaluation
     import predict
     import train
 
+    (tmp_path / "my_data").mkdir()
+    make_own_masks(tmp_path / "my_data")  # --task auto looks at the data
+    monkeypatch.chdir(tmp_path)
     commands = readme_commands()
     assert len(commands) >= 6
     for command in commands:
