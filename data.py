@@ -926,18 +926,21 @@ def jitter(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
     def factor(width):
         return rng.uniform(1 - width, 1 + width) if rng.random() < 0.5 else 1.0
 
+    def enhance(kind, picture, amount):
+        return picture if amount == 1 else kind(picture).enhance(amount)
+
     # widths 32/255, 0.5, 0.5, 18/360 are SSD's and upstream's
-    picture = ImageEnhance.Brightness(picture).enhance(factor(32 / 255))
+    picture = enhance(ImageEnhance.Brightness, picture, factor(32 / 255))
     contrast, contrast_first = factor(0.5), rng.random() < 0.5
     if contrast_first:
-        picture = ImageEnhance.Contrast(picture).enhance(contrast)
-    picture = ImageEnhance.Color(picture).enhance(factor(0.5))
+        picture = enhance(ImageEnhance.Contrast, picture, contrast)
+    picture = enhance(ImageEnhance.Color, picture, factor(0.5))
     if rng.random() < 0.5:
         hue, saturation, value = picture.convert("HSV").split()
         shift = round(rng.uniform(-18, 18) / 360 * 256)
         hue = hue.point([(level + shift) % 256 for level in range(256)])
         picture = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
-    return picture if contrast_first else ImageEnhance.Contrast(picture).enhance(contrast)
+    return picture if contrast_first else enhance(ImageEnhance.Contrast, picture, contrast)
 
 
 class Window(NamedTuple):
