@@ -15,6 +15,7 @@ metrics.py, imported only when an instance annotation is read.
 """
 # SPDX-License-Identifier: MIT
 import argparse
+import atexit
 import hashlib
 import io
 import json
@@ -1180,28 +1181,45 @@ def positions(n: int, batch_size: int, seed: int, step: int) -> list[tuple[int, 
     return [(epoch, int(order(epoch)[at]), seed) for epoch, at in places]
 
 
+def one_line(error: BaseException) -> str:
+    """The line a script ends with. Torch's signal handler tells of a killed data process at any moment."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+    if text.startswith("DataLoader worker"):
+        text = f"a data worker died ({text}); use fewer --workers, or more memory"
+    return text
+
+
 def _alive(batches):
     """The batches of a DataLoader; what goes wrong in its workers ends in one line."""
     if not batches.num_workers:
         yield from batches
         return
+    stream = iter(batches)
+    end = weakref.WeakMethod(stream.__del__)  # who ends amid the batches shall not wait GRACE seconds
+    atexit.register(lambda: (stop := end()) and stop())
     try:
-        yield from batches
+        yield from stream
     except (ValueError, RuntimeError, OSError, EOFError) as error:
-        text = str(error).strip() or type(error).__name__
-        if "in DataLoader worker process" in text:  # the data set's own error, with a traceback before it
-            raise ValueError(text.splitlines()[-1].split("Error: ", 1)[-1]) from None
-        try:  # torch's signal handler also raises: let it do so here, not amid the caller's clean-up
-            time.sleep(1)
-        except RuntimeError as signalled:
-            text = str(signalled)
-        reason = text.splitlines()[0].strip()
-        raise RuntimeError(f"a data worker died ({reason}); use fewer --workers, or more memory") from None
+        if "in DataLoader worker process" in str(error):  # the data set's own, with a traceback before it
+            error.__traceback__ = None  # its frames hold the stream and so the processes, while it is kept
+            raise ValueError(str(error).strip().splitlines()[-1].split("Error: ", 1)[-1]) from None
+        time.sleep(1)  # torch's signal handler also raises: let it do so here, not amid the caller's clean-up
+        reason = str(error).strip().removeprefix("DataLoader worker") or type(error).__name__
+        raise RuntimeError(f"DataLoader worker {reason}") from None
+    finally:
+        del stream
+
+
+GRACE = 30  # seconds
 
 
 def _deaf(worker: int):
-    """A data process outlives Ctrl-C and a signal to the whole group: its parent ends it, after saving."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    """A data process outlives Ctrl-C and a signal to the whole group: its parent ends it, after saving.
+
+    SIGTERM is also how torch and Python end a process whose queue is gone, so it is only put off."""
+    signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))  # 0: else torch raises in the parent
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -578,7 +578,7 @@ def main():
     except (ValueError, OSError, RuntimeError) as error:
         if args.debug:
             raise
-        print(f"error: {(str(error) or type(error).__name__).splitlines()[0]}", file=sys.stderr)
+        print(f"error: {data.one_line(error)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

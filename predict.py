@@ -359,7 +359,7 @@ def main():
     except (ValueError, OSError, RuntimeError) as error:
         if args.debug:
             raise
-        print(f"error: {str(error).splitlines()[0] if str(error) else type(error).__name__}", file=sys.stderr)
+        print(f"error: {data.one_line(error)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

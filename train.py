@@ -934,9 +934,8 @@ class Trainer:
         except RuntimeError as error:
             if self.world == 1:
                 raise
-            fault = (str(error) or type(error).__name__).splitlines()[0]
-            raise RuntimeError(f"rank {self.rank} after step {self.done}: {fault}; see the other lines, "
-                               "then --resume") from error
+            raise RuntimeError(f"rank {self.rank} after step {self.done}: {data.one_line(error)}; see the "
+                               "other lines, then --resume") from error
 
     def fit(self, first: int, stop: Stop) -> int:
         """Steps first..cfg.steps; the exit code."""
@@ -1179,7 +1178,7 @@ def main():
     except (ValueError, OSError, RuntimeError) as error:
         if "--debug" in sys.argv:
             raise
-        print(f"error: {(str(error) or type(error).__name__).splitlines()[0]}", file=sys.stderr, flush=True)
+        print(f"error: {data.one_line(error)}", file=sys.stderr, flush=True)
         os._exit(1)  # not through the interpreter's end: other ranks may wait in a collective
     except KeyboardInterrupt:
         code = 130

@@ -3,11 +3,17 @@
 # SPDX-License-Identifier: MIT
 import io
 import json
+import multiprocessing
+import os
 import re
 import shutil
+import signal
 import struct
+import subprocess
+import sys
 import warnings
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +24,7 @@ import data
 import vocab
 from data import Augment, FolderReader, SegmentDataset, ZipReader
 
+ROOT = Path(__file__).resolve().parents[1]
 LINE = re.compile(r"^[^!\n]+(![^\n]+?)?: [^\n]+; [^\n]+$")  # <file>!<member>: <what is wrong>; <what to do>
 PANOPTIC = "panoptic_annotations_trainval2017.zip"
 JSON, PNGS = "annotations/panoptic_{}2017.json", "annotations/panoptic_{}2017.zip"
@@ -450,6 +457,22 @@ def test_evaluation_never_skips(root, workers):
         f"{root / 'val2017.zip'}!{member}: 1 bytes, not a picture; ",
     )
     assert "Traceback" not in text and seen == ["000000000001.jpg"]
+    assert not multiprocessing.active_children()  # a kept error does not keep the data processes
+
+
+def test_data_process_puts_sigterm_off(root, monkeypatch):
+    """It goes on for a while, so that its parent can save, and then leaves quietly."""
+    monkeypatch.setattr(data, "GRACE", 2)
+    dataset = SegmentDataset(root, "shapes", "val")
+    stream = iter(torch.utils.data.DataLoader(dataset, 1, num_workers=1, collate_fn=data.pack,
+                                              worker_init_fn=data._deaf, multiprocessing_context="fork"))
+    next(stream)
+    (worker,) = multiprocessing.active_children()
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+        os.kill(worker.pid, number)
+    assert len(list(stream)) == 2 and worker.exitcode in (None, 0)
+    worker.join(10)
+    assert worker.exitcode == 0
 
 
 def test_faults_pass_through_workers(root):
@@ -459,6 +482,19 @@ def test_faults_pass_through_workers(root):
     forked = list(data.loader(dataset, 5, 2, workers=1, context="fork"))
     assert [b.faults for b in plain] == [b.faults for b in forked] and all(len(b.faults) == 1 for b in plain)
     assert all(torch.equal(a.images, b.images) for a, b in zip(plain, forked, strict=True))
+
+
+@pytest.mark.parametrize("ending", ["raise SystemExit(3)", "os.kill(os.getpid(), signal.SIGINT)"])
+def test_process_with_workers_ends(root, ending):
+    """Data processes ignore signals; a process that ends amid its batches must not wait for them for ever."""
+    code = (
+        "import os, signal, sys, data\n"
+        f"sets = data.SegmentDataset({str(root)!r}, 'shapes', 'val')\n"
+        "stream = data.eval_loader(sets, workers=2)\n"
+        "next(stream)\n" + ending
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=30, capture_output=True)
+    assert done.returncode in (3, -signal.SIGINT), done.stderr
 
 
 def test_check_command_names_every_fault(root, capsys):
