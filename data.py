@@ -18,6 +18,7 @@ import argparse
 import atexit
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -1120,6 +1121,7 @@ class Batch:
     targets: list[Target]
     names: list[str]
     faults: list[str]
+    packed: "Packed"
 
 
 class Packed(NamedTuple):
@@ -1130,6 +1132,11 @@ class Packed(NamedTuple):
     shapes: list  # image shapes, then id map shapes
     counts: list  # T of each sample
     rest: list  # (name, image_id, faults) of each sample
+
+    def to(self, device: torch.device) -> "Packed":
+        """On another device: two copies, however many targets there are."""
+        pixels, numbers, *others = self
+        return Packed(pixels.to(device, non_blocking=True), numbers.to(device, non_blocking=True), *others)
 
 
 def pack(samples: Sequence[Sample]) -> Packed:
@@ -1163,7 +1170,24 @@ def _batch(packed):
     samples, shape = unpack(packed), packed.shapes[0]
     images = packed.pixels[:len(samples) * math.prod(shape)].view(-1, *shape)  # (B, 3, S, S)
     faults = [fault for s in samples for fault in s.faults]
-    return Batch(images, [s.target for s in samples], [s.name for s in samples], faults)
+    return Batch(images, [s.target for s in samples], [s.name for s in samples], faults, packed)
+
+
+def staged(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches on `device`; to a GPU each is copied while the one before is worked on."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    copies, ready = torch.cuda.Stream(device), None
+    for batch in itertools.chain(batches, (None,)):
+        if packed := ready:
+            torch.cuda.current_stream(device).wait_stream(copies)
+            for tensor in packed[:2]:
+                tensor.record_stream(torch.cuda.current_stream(device))  # its memory is free after that
+        with torch.cuda.stream(copies):
+            ready = batch and batch.packed.to(device)
+        if packed:
+            yield _batch(packed)
 
 
 def positions(n: int, batch_size: int, seed: int, step: int) -> list[tuple[int, int, int]]:

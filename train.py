@@ -137,6 +137,7 @@ class Config:
     quick: bool = setting(False, "tiny model on procedural data, minutes on a CPU")
     config: str = setting("", "config.json of a run, taken before the flags")
     dry_run: bool = setting(False, "print the resolved settings and stop")
+    profile: bool = setting(False, "time of the parts of a step in each log line, trace-RANK.json of two")
     debug: bool = setting(False, "show the traceback of an error")
 
 
@@ -165,7 +166,7 @@ QUICK_LORA = dict(steps=100, lr=5e-4, warmup=(0, 20), save_every=100, lora_last_
 # Settings of where and how a run runs: they may differ between a run and its resumption.
 MACHINE = {"timeout", "data", "out", "device_batch_size", "workers", "log_every", "save_every", "eval_every",
            "eval_limit", "resume", "overwrite", "max_bad", "skip_nonfinite", "config", "dry_run", "debug",
-           "compile", "amp", "deterministic", "init", "base", "encoder_weights", "load_class_head",
+           "profile", "compile", "amp", "deterministic", "init", "base", "encoder_weights", "load_class_head",
            "text_weights", "tokenizer"}
 MACHINE |= {name for name in Config.__annotations__ if name.startswith(("ov_", "wandb"))}
 # Option names of the recipe this project grew from -> ours.
@@ -737,6 +738,35 @@ def total(values: torch.Tensor, world: int) -> torch.Tensor:
 
 
 # ---- Training ----------------------------------------------------------------------------------------------
+class Profile:
+    """--profile: the seconds of each part of a step, and a Chrome trace of the third and fourth step.
+
+    It waits for the device after each part, so that the whole takes a little longer than without it."""
+
+    def __init__(self, device: torch.device, path: Path):
+        self.seconds, self.since, self.cuda = {}, time.perf_counter(), device.type == "cuda"
+        self.trace = torch.profiler.profile(
+            schedule=torch.profiler.schedule(wait=1, warmup=1, active=2, repeat=1),
+            on_trace_ready=lambda trace: trace.export_chrome_trace(str(path)))
+        self.trace.start()
+
+    def __call__(self, part: str):
+        """The time since the last call went into `part`."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[part] = self.seconds.get(part, 0) + now - self.since
+        self.since = now
+        if part == "optimiser":
+            self.trace.step()
+
+    def split(self, steps: int) -> dict[str, float]:
+        """Milliseconds a step of each part since the last time, as `ms_<part>`."""
+        self("rest")
+        found, self.seconds = self.seconds, {}
+        return {f"ms_{part}": 1e3 * seconds / steps for part, seconds in found.items()}
+
+
 class Trainer:
     """A model, its optimiser and its data; `fit` is the story of this file."""
 
@@ -749,14 +779,15 @@ class Trainer:
         self.windows = anneal_windows(cfg, model.num_blocks)
         cuda = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(param_groups(model, cfg), cfg.lr, weight_decay=cfg.weight_decay,
-                                           fused=cuda)
+                                           fused=True)
         dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
         if cfg.amp not in dtypes:
             raise ValueError(f"--amp {cfg.amp}: unknown; one of {', '.join(dtypes)}")
         self.cast = torch.autocast(device.type, dtypes[cfg.amp], enabled=cuda and cfg.amp != "off")
         self.scaler = torch.amp.GradScaler(enabled=cuda and cfg.amp == "fp16")
         self.best, self.bad, self.skipped, self.warned = -1.0, 0, 0, set()
-        self.done, self.missed, self.fault = 0, False, ""
+        self.done, self.missed, self.fault, self.pending = 0, False, "", None
+        self.lap = Profile(device, log.out / f"trace-{rank}.json") if cfg.profile else lambda part: None
 
     def wrap(self):
         """Compilation and ranks, after the weights are loaded."""
@@ -790,19 +821,22 @@ class Trainer:
         prob = eomt.anneal(step, self.windows) if cfg.masked_attn else []
         mask_prob = torch.tensor(prob).to(self.device, non_blocking=True) if any(prob) else None
         noise = query_noise(seeds, self.raw.num_blocks, cfg.num_queries).to(self.device, non_blocking=True)
-        images = part.images.to(self.device, non_blocking=True)
-        targets = [target.to(self.device) for target in part.targets]
+        targets = part.targets
         if cfg.stage:  # unseen classes have no column: they are in no target and no negative
             column = self.raw.class_head.column
             targets = [dataclasses.replace(target, labels=column[target.labels]) for target in targets]
         last = index == self.accumulate - 1
         with contextlib.nullcontext() if last or self.world == 1 else self.model.no_sync():
             with self.cast:
-                predictions = self.model(images, mask_prob, noise)
+                predictions = self.model(part.images, mask_prob, noise)
+            self.lap("forward")
             losses = self.measure(predictions, targets, norm, seeds, part.names)
+            self.settle()  # its copy has waited for the step before
             if self.cfg.stage and self.raw.distil:
                 losses = self.distill(losses, predictions[-1], targets, norm)
+            self.lap("loss")
             self.scaler.scale(losses["loss"] * self.world).backward()  # DDP averages shares of a sum
+            self.lap("backward")
         return {key: value.detach() for key, value in losses.items()}
 
     def measure(self, predictions, *arguments) -> dict[str, torch.Tensor]:
@@ -848,34 +882,42 @@ class Trainer:
         losses = {key: sum(row[key] for row in rows) for key in rows[0]}
         self.scaler.unscale_(self.optimizer)
         gradient = torch.nn.utils.clip_grad_norm_(self.raw.parameters(), cfg.clip_norm)
-        if self.finite(losses, gradient):
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        else:
-            self.not_finite(step, losses, gradient, parts)
+        finite = (losses["loss"] if self.scaler.is_enabled() else gradient).isfinite()
+        if not self.scaler.is_enabled():  # the fused update leaves the weights alone, without our asking here
+            self.optimizer.found_inf = 1 - finite.float()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        names = [name for part in parts for name in part.names]
+        finite = finite.to("cpu", non_blocking=True)
+        self.pending, self.fault = (finite, step, losses, gradient, names, self.fault), ""
+        self.lap("optimiser")
         return losses, gradient
 
-    def finite(self, losses, gradient) -> bool:
-        """Whether the update may happen; the same answer on all ranks, since DDP has summed the gradients.
-        Under fp16 the scaler itself skips gradients that overflow, and the losses of all ranks decide."""
-        if not self.scaler.is_enabled():
-            return bool(gradient.isfinite())
-        return not total(torch.tensor([0.0 if losses["loss"].isfinite() else 1.0]), self.world)
+    def settle(self):
+        """Looks at the verdict on the last step, when it costs no wait: the update has not happened if it was
+        not finite. The same on all ranks, since DDP has summed the gradients; under fp16, where the scaler
+        skips gradients that overflow, the losses of all ranks decide."""
+        if not self.pending:
+            return
+        (finite, *step), self.pending = self.pending, None
+        bad = 1 - finite.float()
+        if self.scaler.is_enabled():
+            bad = total(bad, self.world)
+        if bad:
+            self.not_finite(*step)
 
-    def not_finite(self, step, losses, gradient, parts):
-        """A step with NaN or Inf leaves the weights alone; more of them than allowed end the run."""
+    def not_finite(self, step, losses, gradient, names, fault):
+        """A step with NaN or Inf left the weights alone; more of them than allowed end the run."""
         self.skipped += 1
-        names = ", ".join(name for part in parts for name in part.names)
-        text = ", ".join(f"{key} {value:.4g}" for key, value in losses.items())
-        mine = (bool(losses["loss"].isfinite()), f"rank {self.rank}: {self.fault or text}, images {names}")
+        text = fault or ", ".join(f"{key} {value:.4g}" for key, value in losses.items())
+        mine = (bool(losses["loss"].isfinite()), f"rank {self.rank}: {text}, images {', '.join(names)}")
         rows = [mine]
         if self.world > 1:
             rows = [None] * self.world
             dist.all_gather_object(rows, mine)
         guilty = [text for good, text in rows if not good] or [text for _, text in rows]
         fault = f"step {step + 1}: not finite, gradient {gradient:.4g} ({', '.join(guilty)})"
-        self.fault = ""
         if self.skipped > self.cfg.skip_nonfinite:
             raise ValueError(f"{fault}; lower --lr, or allow some with --skip-nonfinite")
         self.log.say(f"warning: {fault}; step skipped")
@@ -889,11 +931,13 @@ class Trainer:
         memory = torch.cuda.max_memory_allocated() / 1e9 if self.device.type == "cuda" else 0.0
         eta = datetime.timedelta(seconds=int((cfg.steps - done) * seconds / steps))
         speed = steps * cfg.batch_size / seconds
+        parts = self.lap.split(steps) if cfg.profile else {}
         text = " ".join(f"{key} {value:.4f}" for key, value in losses.items())
         bad = f" bad {self.bad}" if self.bad else ""
+        bad += "".join(f" {key} {value:.1f}" for key, value in parts.items())
         self.log.say(f"step {done}/{cfg.steps} {text} lr {lr:.1e} grad {gradient:.2f} img/s {speed:.1f} "
                      f"mem {memory:.1f}GB eta {eta}{bad}")
-        self.log.record(step=done, **losses, lr=lr, grad=float(gradient), img_s=speed)
+        self.log.record(step=done, **losses, lr=lr, grad=float(gradient), img_s=speed, **parts)
 
     def save(self, step):
         if self.rank == 0:
@@ -942,12 +986,15 @@ class Trainer:
         cfg, self.done = self.cfg, first
         batches = data.loader(self.sets["train"], cfg.batch_size, cfg.steps, cfg.seed, first, self.rank,
                               self.world, cfg.device_batch_size, cfg.workers, pin=self.device.type == "cuda")
+        batches = data.staged(batches, self.device)
         if self.missed:  # killed after the save and before the end of the evaluation
             self.evaluate(first)
         self.raw.train()
         began, since = time.time(), first
         for step in range(first, cfg.steps):
+            self.lap("rest")
             parts = [next(batches) for _ in range(self.accumulate)]
+            self.lap("data")
             norm, stopping = self.agree(parts, stop)
             if stopping:
                 self.save(step)
@@ -956,10 +1003,13 @@ class Trainer:
             losses, gradient = self.step(step, parts, norm)
             self.done = done = step + 1
             last = done == cfg.steps
-            if last or done % cfg.log_every == 0:
+            reports, saves = last or done % cfg.log_every == 0, last or done % cfg.save_every == 0
+            if reports or saves or self.due(done):
+                self.settle()
+            if reports:
                 self.report(done, losses, gradient, time.time() - began, done - since)
                 began, since = time.time(), done
-            if last or done % cfg.save_every == 0:
+            if saves:
                 self.save(done)
             if self.due(done):
                 self.evaluate(done)

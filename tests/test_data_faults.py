@@ -488,7 +488,7 @@ def test_faults_pass_through_workers(root):
 def test_process_with_workers_ends(root, ending):
     """Data processes ignore signals; a process that ends amid its batches must not wait for them for ever."""
     code = (
-        "import os, signal, sys, data\n"
+        "import os, signal, sys, data\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"sets = data.SegmentDataset({str(root)!r}, 'shapes', 'val')\n"
         "stream = data.eval_loader(sets, workers=2)\n"
         "next(stream)\n" + ending

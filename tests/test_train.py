@@ -76,6 +76,19 @@ def short_run(shapes, tmp_path_factory):
     return out, done.stdout
 
 
+def test_profile_splits_the_step(shapes, tmp_path):
+    """The parts add up to the time of a step, and the trace is one that Chrome opens."""
+    done = run("train.py", *TINY, "--profile", "--data", shapes, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    parts = ("rest", "data", "forward", "loss", "backward", "optimiser")
+    for row in [row for row in rows if "loss" in row][1:]:  # the first one makes caches
+        seconds = [row[f"ms_{part}"] / 1e3 for part in parts]
+        assert min(seconds[1:]) > 0 and 0.8 < sum(seconds) * row["img_s"] / 4 < 1.25, row
+    assert re.search(r"^step 4/4 .* ms_data \d+\.\d .* ms_optimiser \d+\.\d$", done.stdout, re.M), done.stdout
+    assert len(json.loads((tmp_path / "run" / "trace-0.json").read_text())["traceEvents"]) > 1000
+
+
 # ---- settings ----------------------------------------------------------------------------------------------
 def test_parse_precedence(tmp_path):
     cfg, origin = train.parse(["--task", "ade20k_semantic", "--encoder", "dinov2_base", "--lr", "3e-4"])
