@@ -45,7 +45,7 @@ except ImportError:  # this file copied alone, or another package of that name: 
         for first in range(0, len(masks), step):
             part = F.interpolate(masks[None, first:first + step].detach().float(), window, mode="bilinear")
             part = F.interpolate(part[..., :content[0], :content[1]], size, mode="bilinear")
-            yield (slice(first, first + step),), part[0]  # (k', H, W)
+            yield (slice(first, first + part.shape[1]),), part[0]  # (k', H, W)
 
     def panoptic_merge(masks, scores, window, content, size, mask_threshold=0.5):
         """The query int32 (H,W) with the highest score * probability, k where that is outside its own mask;

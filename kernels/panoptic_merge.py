@@ -24,7 +24,7 @@ from torch import Tensor
 from .choose import jit, tl, triton, use_triton
 from .pack_mask import _source
 
-TILE = dict(BH=16, BW=32, num_warps=4, num_stages=2)  # pixels of a program; BH * BW < 2^16, see _merge_kernel
+TILE = dict(BH=16, BW=32, num_warps=8, num_stages=2)  # pixels of a program; BH * BW < 2^16, see _merge_kernel
 
 
 # ---- plain torch ----
@@ -80,7 +80,7 @@ def restored(masks: Tensor, window, content, size) -> Iterator[tuple[tuple[slice
     for first in range(0, len(masks), step):
         part = F.interpolate(masks[None, first:first + step].detach().float(), tuple(window), mode="bilinear")
         part = F.interpolate(part[..., :content[0], :content[1]], tuple(size), mode="bilinear")
-        yield (slice(first, first + step),), part[0]  # (k', H, W)
+        yield (slice(first, first + part.shape[1]),), part[0]  # (k', H, W)
 
 
 def panoptic_merge_ref(masks, scores, window, content, size, mask_threshold):
