@@ -37,7 +37,7 @@ def _neighbours(at, old, new):
     # In float64, rounded once: F.interpolate's fp32 product and sum are fused.
     scale = torch.tensor(old / new, dtype=torch.float32).item()
     place = ((at.double() + 0.5) * scale - 0.5).float().clamp(min=0)
-    low = place.long().clamp(max=old - 1)
+    low = place.long()  # at most old - 1: place < old - 0.5
     return low, (low + 1).clamp(max=old - 1), (place - low)[:, None]
 
 
