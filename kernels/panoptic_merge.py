@@ -122,6 +122,7 @@ def _merge_kernel(
     SCORES,  # fp32 (k,)
     OWNER,  # int32 (H, W), written
     AREAS,  # int32 (3, k), added to
+    # floats are called scale_*: ahead.py takes other numbers for integers
     sl, ss, sw, sa, scale_y, scale_x, scale_y2, scale_x2, scale_threshold, k, mh, mw, h, w, height, width,
     TAPS: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr,
 ):
