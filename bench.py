@@ -32,7 +32,7 @@ import data
 import eomt
 import metrics
 import vocab
-from kernels import ahead, masked_attention, pack_mask
+from kernels import ahead, masked_attention, pack_mask, panoptic_merge
 from losses import SetLoss
 
 PEAK, BANDWIDTH = 790e12, 4.3e12  # FLOP/s of a bf16 product of 8192^3, byte/s of a copy, both on a Hopper
@@ -197,6 +197,17 @@ def bench_attention(run, size, batch):
     moved = logits[0].numel() // 4 * logits[0].element_size()  # the middle 2 x 2 of every 4 x 4
     calls = {name: lambda i, make=rivals[name][0]: make(logits[i % 3]) for name in ("ours", "mask[:, None]")}
     compare(run, f"mask of {tokens} tokens from logits", calls, moved, "GB/s", moved / BANDWIDTH)
+    photo, scores, up = (480, 640), torch.rand(20, device=run.device), partial(F.interpolate, mode="bilinear")
+
+    def two(i):
+        prob = up(up(logits[i % 3][:1, :20].float(), (size, size)), photo)[0].sigmoid()  # (k, H, W)
+        owner = (prob * scores[:, None, None]).max(0, keepdim=True)[1]  # (1, H, W)
+        return owner.where(prob.gather(0, owner) >= 0.5, 20)[0], (prob >= 0.5).sum((1, 2))
+
+    calls = {"ours": lambda i: panoptic_merge(logits[i % 3][0, :20], scores, *[(size, size)] * 2, photo),
+             "two F.interpolate": two}
+    compare(run, f"merge of 20 queries, {size} to 480 x 640; error: share of other pixels", calls, 1, errors={
+        "ours": (calls["ours"](0)[0] != two(0)[0]).float().mean().item()})
 
 
 def ahead_of_time(run):
@@ -285,11 +296,9 @@ def bench_processing(run):
         logits.append((masks.to(run.device), classes.to(run.device)))
     padding, name, errors = (0, size - content[1], 0, size - content[0]), "transformers", {}
     before = {"ours": lambda i: F.pad(eomt.resize(photo, content), padding), name: "not installed"}
-    after = {"ours": lambda i: eomt.panoptic(*logits[i % 3], window, content, shape, thing)}
-    after[name] = "not installed"
-    if module := optional("transformers.models.eomt.image_processing_pil_eomt"):
-        sides = dict(shortest_edge=size, longest_edge=size)
-        processor = module.EomtImageProcessorPil(size=sides, do_pad=True)
+    after = dict(before, ours=lambda i: eomt.panoptic(*logits[i % 3], window, content, shape, thing))
+    if pil := optional("transformers.models.eomt.image_processing_pil_eomt"):
+        processor = pil.EomtImageProcessorPil(size=dict(shortest_edge=size, longest_edge=size), do_pad=True)
         before[name] = lambda i: processor(photo, return_tensors="pt")
         outputs = [SimpleNamespace(masks_queries_logits=m[None], class_queries_logits=c[None])
                    for m, c in logits]
@@ -383,8 +392,7 @@ def bench_step(run, size, batch):
         calls["transformers Eomt"] = rival
         if run.cuda:
             calls["transformers Eomt, compiled"] = partial(rival, network=torch.compile(theirs))
-    title = f"forward + loss + backward, {run.encoder} {size}, batch {batch}"
-    compare(run, title, calls, batch, floor=floor)
+    compare(run, f"forward + loss + backward, {run.encoder} {size}, batch {batch}", calls, batch, floor=floor)
 
 
 # ---- data --------------------------------------------------------------------------------------------------

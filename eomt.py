@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 try:
-    from kernels import masked_attention, pack_mask
+    from kernels import masked_attention, pack_mask, panoptic_merge, restored
 except ImportError:  # this file copied alone, or another package of that name: same numbers in plain torch
 
     def pack_mask(mask_logits, grid, prefix_columns, num_keys, keep_prob=1.0, noise=None):
@@ -38,6 +38,29 @@ except ImportError:  # this file copied alone, or another package of that name: 
         n = num_masked_rows
         rows = F.scaled_dot_product_attention(q[:, :, :n], k, v, attn_mask=bits[:, None])  # (B, nh, n, hd)
         return torch.cat([rows, F.scaled_dot_product_attention(q[:, :, n:], k, v)], 2)  # (B, nh, N, hd)
+
+    def restored(masks, window, content, size):
+        """Mask logits (k,mh,mw) of a padded window -> (where, the image's logits (k,H,W)[where]) in parts."""
+        step = max(1, (1 << 24) // max(size[0] * size[1], window[0] * window[1]))
+        for first in range(0, len(masks), step):
+            part = F.interpolate(masks[None, first:first + step].detach().float(), window, mode="bilinear")
+            part = F.interpolate(part[..., :content[0], :content[1]], size, mode="bilinear")
+            yield (slice(first, first + part.shape[1]),), part[0]  # (k', H, W)
+
+    def panoptic_merge(masks, scores, window, content, size, mask_threshold=0.5):
+        """The query int32 (H,W) with the highest score * probability, k where that is outside its own mask;
+        int64 (3,k): pixels of each mask, pixels where its query is the highest, pixels that are both."""
+        best = torch.full(size, -1.0, device=masks.device)  # (H, W) highest so far
+        owner = torch.zeros(size, dtype=torch.int64, device=masks.device)  # (H, W), + k outside its mask
+        own, k = [], len(masks)
+        for (part,), logits in restored(masks, window, content, size):
+            for q, prob in enumerate(logits.sigmoid(), part.start):  # (H, W)
+                inside, value = prob >= mask_threshold, prob * scores[q]  # (H, W) x 2
+                own.append(inside.count_nonzero())
+                owner = torch.where(value > best, torch.where(inside, q, q + k), owner)
+                best = torch.maximum(best, value)
+        both, outside = owner.flatten().bincount(minlength=2 * k).view(2, k)
+        return owner.clamp(max=k).int(), torch.stack([torch.stack(own), both + outside, both])
 
 
 # ---- Encoder: a plain ViT, as DINOv2 (position table) or as DINOv3 (RoPE, keys without bias) -------------
@@ -492,16 +515,8 @@ class Instances(NamedTuple):
     scores: Tensor
 
 
-_CHUNK = 1 << 26  # values of one upsampled chunk (256 MB in fp32): memory does not grow with the queries
+_CHUNK = 1 << 26  # values of one upsampled chunk (256 MB in fp32): memory does not grow with the classes
 _LONG = 8  # longer strips are cut: the class scores of a 1x1500 one at window height would need 200 GB
-
-
-def _restore(masks, window, content, size):
-    """Mask logits (n,mh,mw) of a padded window -> logits (n,H,W) of the original image, in chunks of n."""
-    step = max(1, _CHUNK // max(size[0] * size[1], window[0] * window[1]))
-    for part in masks.split(step):
-        part = F.interpolate(part[None].float(), window, mode="bilinear")[0, :, :content[0], :content[1]]
-        yield F.interpolate(part[None], size, mode="bilinear")[0]  # (n', H, W)
 
 
 def panoptic(masks: Tensor, classes: Tensor, window, content, size, thing, score_threshold=0.8,
@@ -515,42 +530,29 @@ def panoptic(masks: Tensor, classes: Tensor, window, content, size, thing, score
     if thing is None or len(thing) != classes.shape[-1] - 1:
         raise ValueError(f"thing: not one bool for each of {classes.shape[-1] - 1} classes; see vocab.py")
     scores, labels = classes.float().softmax(-1).max(-1)  # (Q,), (Q,)
-    keep = ((labels != classes.shape[-1] - 1) & (scores > score_threshold)).nonzero()[:, 0]  # (k,)
+    keep = ((labels != classes.shape[-1] - 1) & (scores > score_threshold)).nonzero()[:, 0]  # (k,), a wait
     scores, labels = scores[keep], labels[keep]
-    ids = torch.zeros(size, dtype=torch.int32, device=masks.device)  # (H, W)
     if len(keep) == 0:
-        return Panoptic(ids, labels, scores)
-    best = torch.full(size, -1.0, device=masks.device)  # (H, W) highest score * probability so far
-    owner = torch.zeros(size, dtype=torch.int64, device=masks.device)  # (H, W) which kept query has it
-    inside = torch.zeros(size, dtype=torch.bool, device=masks.device)  # (H, W) is its own mask >= 0.5 here?
-    own, first = [], 0
-    for logits in _restore(masks[keep], window, content, size):
-        prob = logits.sigmoid()  # (n, H, W)
-        own += [(p >= mask_threshold).count_nonzero() for p in prob]  # a sum would copy to int64
-        value, index = (prob * scores[first:first + len(prob), None, None]).max(0)  # (H, W) x 2
-        better = value > best  # (H, W)
-        best = torch.where(better, value, best)
-        inside = torch.where(better, prob.gather(0, index[None])[0] >= mask_threshold, inside)
-        owner = torch.where(better, index + first, owner)
-        first += len(prob)
-    assigned = torch.bincount(owner.flatten(), minlength=len(keep))  # (k,)
-    final = torch.bincount(owner[inside], minlength=len(keep))  # (k,)
-    own = torch.stack(own)  # (k,)
+        return Panoptic(torch.zeros(size, dtype=torch.int32, device=masks.device), labels, scores)
+    owner, areas = panoptic_merge(masks[keep], scores, window, content, size, mask_threshold)
+    own, assigned, final = areas  # 3 x (k,)
     good = (final > 0) & (assigned / own.clamp(min=1) >= overlap_threshold)  # (k,)
-    return _merge_stuff(ids, owner, inside, good.tolist(), labels, scores, thing)
+    kept, number = _number(*torch.stack([good, labels]).tolist(), thing)  # the host waits, for the last time
+    table = torch.tensor([*kept, *number, 0], device=masks.device)  # one upload: (S,), then (k+1,), 0 = void
+    kept, number = table[:len(kept)], table[len(kept):].int()
+    return Panoptic(number.index_select(0, owner.flatten()).view(size), labels[kept], scores[kept])
 
 
-def _merge_stuff(ids, owner, inside, good, labels, scores, thing) -> Panoptic:
-    """Number the good segments 1.. in query order; stuff of one class shares a number."""
+def _number(good, labels, thing) -> tuple[list[int], list[int]]:
+    """First query of each segment, each query's segment (from 1; 0 = none); stuff of one class shares one."""
     number, kept, segments = [], [], {}
-    for k, label in enumerate(labels.tolist()):
+    for k, label in enumerate(labels):
         segment = ("thing", k) if thing[label] else ("stuff", label)
         if good[k] and segment not in segments:
             kept.append(k)
             segments[segment] = len(kept)
         number.append(segments[segment] if good[k] else 0)
-    table = torch.tensor(number, dtype=torch.int32, device=ids.device)  # (k,)
-    return Panoptic(torch.where(inside, table[owner], ids), labels[kept], scores[kept])
+    return kept, number
 
 
 def instance(masks: Tensor, classes: Tensor, window, content, size, top=100) -> Instances:
@@ -559,14 +561,17 @@ def instance(masks: Tensor, classes: Tensor, window, content, size, top=100) -> 
     scores, flat = prob.flatten().topk(min(top, prob.numel()))
     query, labels = flat // prob.shape[1], flat % prob.shape[1]  # (n,), (n,)
     query, row = query.unique(return_inverse=True)  # a query may be there with several classes: (q,), (n,)
-    out, quality = [], []
-    for logits in _restore(masks[query], window, content, size):
-        mask = logits > 0  # (n', H, W)
-        area = mask.flatten(1).sum(1)  # (n',)
-        quality.append((logits.sigmoid() * mask).flatten(1).sum(1) / (area + 1e-6))  # empty -> 0, as upstream
-        out.append(mask)
-    scores, order = (scores * torch.cat(quality)[row]).sort(descending=True, stable=True)
-    return Instances(torch.cat(out)[row[order]], labels[order], scores)
+    out = torch.empty(len(row), *size, dtype=torch.bool, device=masks.device)  # (n, H, W), first (q, H, W)
+    area, total = scores.new_zeros(2, len(query))  # (q,) x 2
+    for where, logits in restored(masks[query], window, content, size):
+        mask = torch.gt(logits, 0, out=torch.empty_like(logits))  # (q', H', W') bools are slow on CPU
+        out[where] = mask
+        area[where[0]] += mask.flatten(1).sum(1)
+        total[where[0]] += logits.sigmoid_().mul_(mask).flatten(1).sum(1)
+    scores, order = (scores * (total / (area + 1e-6))[row]).sort(descending=True, stable=True)  # empty -> 0
+    for band in out.split(64, 1):  # in place: 100 masks of 100 MP are 10 GB
+        band.copy_(band[row[order]])  # (n, 64, W)
+    return Instances(out, labels[order], scores)
 
 
 def semantic(masks: Tensor, classes: Tensor, window) -> Tensor:

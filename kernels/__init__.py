@@ -8,5 +8,6 @@ In and out: see `masked_attention` and `pack_mask`. EOMT_KERNELS=torch|triton fo
 # SPDX-License-Identifier: MIT
 from .masked_attention import masked_attention
 from .pack_mask import pack_mask
+from .panoptic_merge import panoptic_merge, restored
 
-__all__ = ["masked_attention", "pack_mask"]
+__all__ = ["masked_attention", "pack_mask", "panoptic_merge", "restored"]

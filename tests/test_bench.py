@@ -57,6 +57,8 @@ def test_bench_kernels(monkeypatch, capsys, tmp_path):
         assert rows["ours"]["ours_over_it"] == 1
         for name in rivals:  # all compute the same attention
             assert rows[name]["error"] < 1e-5 and rows[name]["unit"] == "GFLOP/s" and rows[name]["rate"] > 0
+    merge = measured(result, "merge of 20 queries")
+    assert list(merge) == ["ours", "two F.interpolate"] and merge["ours"]["error"] < 1e-4
     assert "GPU rows were not run" in text
     if ahead.triton:
         compiled = [row for row in result["rows"] if row["case"] == "ahead of time"]
