@@ -9,6 +9,7 @@ depend, to the last bit, on how the images were split.
     metric.compute()["PQ"]
 """
 # SPDX-License-Identifier: MIT
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -51,33 +52,35 @@ def rle_encode(mask: np.ndarray) -> dict:
 
 
 def _read_counts(rles, what):
-    """Counts of N RLE dicts in a row, int64 (R,), and how many belong to each (N,); they fill their sizes."""
+    """Counts of N RLE dicts in a row, integers (R,), and where those of each begin and end (N+1,)."""
     texts = [rle["counts"].encode() if isinstance(rle["counts"], str) else rle["counts"] for rle in rles]
     texts = [text if isinstance(text, bytes) else _pack_counts(np.asarray(text, np.int64)) for text in texts]
     code = np.frombuffer(b"".join(texts), np.uint8) - np.uint8(48)  # wraps: foreign characters exceed 63
     stop = np.cumsum([len(text) for text in texts])
-    if not all(texts) or code.max() > 63 or (code[stop - 1] > 31).any():
+    more = code >> 5  # 1: the count goes on after this character
+    deep = np.flatnonzero(more[2:] < (more[1:-1] & more[:-2])) + 2  # the ends of counts of three groups or more
+    if not all(texts) or code.max() > 63 or more[stop - 1].any():
         raise ValueError(f"{what}: RLE counts are cut or have foreign characters; write them by rle_encode")
-    end = np.flatnonzero(code < 32)  # the last group of each count
-    start = np.concatenate(([0], end[:-1] + 1))
-    more = end - start
-    value = (code[start] & 31).astype(np.int64)
-    for group in range(1, more.max() + 1):
-        longer = np.flatnonzero(more >= group)
-        value[longer] |= (code[start[longer] + group] & 31).astype(np.int64) << (5 * group)
-    value -= (code[end] & 16).astype(np.int64) << (5 * more + 1)
-    length = np.diff(np.searchsorted(end, stop), prepend=0)
-    # undo the differences: sums inside each string over its odd places, and over its even ones but the first
-    first = np.cumsum(length) - length
-    is_odd = _ranges(np.zeros_like(length), length) & 1
-    odd = np.cumsum(value * is_odd)
-    even = np.cumsum(value) - odd
-    counts = np.where(is_odd, odd - np.repeat(odd[first], length), even - np.repeat(even[first], length))
-    counts[first] = value[first]
-    filled, pixels = np.add.reduceat(counts, first), np.array([math.prod(rle["size"]) for rle in rles])
-    if (counts < 0).any() or (filled != pixels).any():
+    value = (code ^ 16).astype(np.int16) - 16  # the last group of a count, with its sign
+    value[1:] = value[1:] << 5 * more[:-1] | (code & 31 * more)[:-1]  # and the one before it
+    end = np.flatnonzero(more == 0)
+    counts, place, group = value.take(end).astype(np.int64), np.searchsorted(end, deep), 2
+    while len(deep) and group < 8:
+        counts[place] = counts[place] * 32 + (code[deep - group] & 31)
+        group, left = group + 1, more[deep - group - 1] > 0
+        deep, place = deep[left], place[left]
+    first = np.append(0, np.searchsorted(end, stop))  # (N+1,)
+    # undo the differences: running sums of every other count, less their values where each string begins
+    three = first[:-1][np.diff(first) > 2]
+    counts[three + 2] -= counts[three]  # the third count is no difference
+    for odd in (0, 1):
+        start = (first + 1 - odd) // 2  # (N+1,)
+        total = np.cumsum(np.append(0, counts[odd::2]))  # (1+R/2,)
+        counts[odd::2] = total[1:] - np.repeat(total[start[:-1]], np.diff(start))
+    filled, pixels = np.add.reduceat(counts, first[:-1]), [math.prod(rle["size"]) for rle in rles]
+    if counts.min() < 0 or (filled != pixels).any():
         raise ValueError(f"{what}: RLE counts fill {filled} of {pixels} pixels; give the size as [H, W]")
-    return counts, length
+    return counts, first
 
 
 def rle_decode(rle: Mapping, name: str = "RLE") -> np.ndarray:
@@ -336,25 +339,27 @@ def _count_bits(masks):
 
 def _count_runs(rles, what):
     """As _count_bits for RLE dicts, from their runs alone."""
-    counts, length = _read_counts(rles, what)
-    # each mask fills its size, so that running sums lay the masks one after the other on one long line
-    line = np.cumsum(counts)
-    pixels = line[-1] // len(length)
-    ones = np.flatnonzero(_ranges(np.zeros_like(length), length) & 1)
-    begin, end = line[ones - 1], line[ones]
-    first = np.searchsorted(begin, np.arange(len(length) + 1) * pixels)  # mask i: runs first[i]..first[i + 1]
-    before = np.concatenate(([0], np.cumsum(end - begin)))
-
-    def set_before(at):  # how many pixels of the line are set before each position
-        run = np.searchsorted(begin, at, side="right") - 1
-        return np.where(run >= 0, before[run] + np.minimum(at, end[run]) - begin[run], 0)
+    counts, first = _read_counts(rles, what)
+    line = np.cumsum(counts)  # all masks of one size on one line: where its runs end, of 0s and 1s in turn
+    pixels = line[-1] // len(rles)
+    counts[1::2] *= -1
+    zeros_less_ones = np.add.reduceat(counts, first[:-1]) * (1 - 2 * (first[:-1] & 1))
+    runs = [line[a:b - (b - a) % 2] for a, b in itertools.pairwise(first.tolist())]  # begin, end, begin, ...
 
     def shared(i, j):
-        size = first[i + 1] - first[i]
-        run, pair = _ranges(first[i], size), np.repeat(np.arange(len(i)), size)
-        shift = (j - i)[pair] * pixels  # moves the runs of i onto j
-        return _sum_by(pair, set_before(end[run] + shift) - set_before(begin[run] + shift), i.shape)
-    return np.diff(before[first]), shared
+        both = np.stack((i, j), 1)  # (P, 2)
+        parts = [runs[mask] for mask in both.reshape(-1).tolist()]
+        size = np.array([len(part) for part in parts])
+        # lay the pairs one after the other on a new line, each mask of a pair on the other
+        edge = np.concatenate(parts) + np.repeat((np.arange(len(i))[:, None] - both).reshape(-1) * pixels, size)
+        begin, end = edge[::2].copy(), edge[1::2].copy()
+        begin.sort(kind="stable")  # merges what is sorted in parts
+        end.sort(kind="stable")
+        # of two masks at most two runs lie at a place: they share what lies after the k+1st begin and before
+        # the kth end
+        width = np.maximum(end[:-1] - begin[1:], 0)
+        return np.add.reduceat(np.append(width, 0), (np.cumsum(size)[1::2] - size[::2] - size[1::2]) // 2)
+    return (pixels - zeros_less_ones) // 2, shared
 
 
 def _match(table, ignored):
@@ -415,11 +420,11 @@ class MaskAP(_Parts):
         label, true_label = np.asarray(detections["labels"]), np.asarray(truth["labels"])
         crowd = np.asarray(truth.get("crowd", np.zeros(len(true_label))), bool)
         split, both = len(detections["masks"]), (*detections["masks"], *truth["masks"])
-        masks = [mask if isinstance(mask, Mapping) else np.asarray(mask) for mask in both]
+        masks = [mask if isinstance(mask, dict) else np.asarray(mask) for mask in both]
         counts, wanted = (split, len(masks) - split), (len(label), len(true_label))
         if counts != wanted:
             raise ValueError(f"{image}: {counts} detected and true masks have {wanted} labels; give one each")
-        coded = [isinstance(mask, Mapping) for mask in masks]
+        coded = [isinstance(mask, dict) for mask in masks]
         sizes = {tuple(m["size"] if code else m.shape) for m, code in zip(masks, coded, strict=True)}
         if len(sizes) > 1:
             raise ValueError(f"{image}: masks have the sizes {sorted(sizes)}; give all in the image's size")
@@ -431,7 +436,8 @@ class MaskAP(_Parts):
         low, high = np.minimum(area[:, None], true_area), np.maximum(area[:, None], true_area)  # (D, G)
         d, g = np.nonzero((label[:, None] == true_label) & (low > 0) & (crowd | (2 * low >= high)))
         overlap = np.zeros(low.shape)  # (D, G)
-        overlap[d, g] = shared(d, split + g)
+        if len(d):
+            overlap[d, g] = shared(d, split + g)
         self.update_overlaps({**detections, "pixels": area}, {**truth, "pixels": true_area}, overlap, image)
 
     def update_overlaps(self, detections: Mapping, truth: Mapping, overlap: np.ndarray, image: str) -> None:
