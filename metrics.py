@@ -389,16 +389,16 @@ def _match(table, ignored):
 
 
 def _precision(hit, wrong, objects):
-    """Precision (10,101) at each recall threshold, of hits and errors (10,n) in order of falling score."""
-    tp, fp = np.cumsum(hit, axis=1), np.cumsum(wrong, axis=1)  # (10, n)
+    """Precision (A,10,101) at each recall threshold, of hits and errors (A,10,n) in order of falling score."""
+    tp, fp = np.cumsum(hit, axis=2), np.cumsum(wrong, axis=2)  # (A, 10, n)
+    best = np.zeros((*tp.shape[:2], tp.shape[2] + 1))  # (A, 10, n+1); 0 where a recall is never reached
     precision = tp / (tp + fp + np.spacing(1))
-    best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    best = np.pad(best, ((0, 0), (0, 1)))  # (10, n+1); 0 where a recall is never reached
-    needed = np.searchsorted(np.arange(objects + 1) / objects, RECALL_THRESHOLDS)  # (101,) hits
+    best[..., :-1] = np.maximum.accumulate(precision[..., ::-1], axis=2)[..., ::-1]
+    needed = np.stack([np.searchsorted(np.arange(n + 1) / n, RECALL_THRESHOLDS) for n in objects])  # (A, 101)
     # one search for all rows: row t counts from t * (objects + 1), so that the rows make one rising sequence
-    row = np.arange(len(tp))[:, None]
-    place = np.searchsorted((tp + row * (objects + 1)).reshape(-1), needed + row * (objects + 1))  # (10, 101)
-    return np.take_along_axis(best, place - row * tp.shape[1], axis=1)
+    row, span = np.arange(tp.shape[0] * 10).reshape(-1, 10, 1), objects.max() + 1
+    place = np.searchsorted((tp + row * span).reshape(-1), needed[:, None] + row * span)  # (A, 10, 101)
+    return np.take_along_axis(best, place - row * tp.shape[2], axis=2)
 
 
 class MaskAP(_Parts):
@@ -496,11 +496,13 @@ class MaskAP(_Parts):
             rows = np.flatnonzero(table["det_label"] == k)
             rows = rows[np.argsort(-table["det_score"][rows], kind="stable")]
             objects = np.count_nonzero(~ignored[table["true_label"] == k], axis=0)  # (4,)
-            for a in np.flatnonzero(objects):
-                precision[a, k] = _precision(hit[rows, :, a].T, wrong[rows, :, a].T, objects[a])
-                recall[a + 2, k] = hit[rows, :, a].sum(0) / objects[a]
+            some = np.flatnonzero(objects)
+            if len(some):
+                hits, errors = (np.ascontiguousarray(x[rows].T[some]) for x in (hit, wrong))  # (A, 10, n)
+                precision[some, k] = _precision(hits, errors, objects[some])
+                recall[some + 2, k] = hits.sum(2) / objects[some, None]
             for n, most in enumerate((1, 10) if objects[0] else ()):
-                recall[n, k] = hit[rows[table["det_rank"][rows] < most], :, 0].sum(0) / objects[0]
+                recall[n, k] = hits[0][:, table["det_rank"][rows] < most].sum(1) / objects[0]
         return precision, recall
 
     def per_class(self) -> list[dict]:
