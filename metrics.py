@@ -56,15 +56,13 @@ def _read_counts(rles, what):
     texts = [rle["counts"].encode() if isinstance(rle["counts"], str) else rle["counts"] for rle in rles]
     texts = [text if isinstance(text, bytes) else _pack_counts(np.asarray(text, np.int64)) for text in texts]
     code = np.frombuffer(b"".join(texts), np.uint8) - np.uint8(48)  # wraps: foreign characters exceed 63
-    stop = np.cumsum([len(text) for text in texts])
-    more = code >> 5  # 1: the count goes on after this character
-    deep = np.flatnonzero(more[2:] < (more[1:-1] & more[:-2])) + 2  # the ends of counts of three groups or more
+    stop, more = np.cumsum(list(map(len, texts))), code >> 5  # more: 1 where another group of a count follows
     if not all(texts) or code.max() > 63 or more[stop - 1].any():
         raise ValueError(f"{what}: RLE counts are cut or have foreign characters; write them by rle_encode")
-    value = (code ^ 16).astype(np.int16) - 16  # the last group of a count, with its sign
-    value[1:] = value[1:] << 5 * more[:-1] | (code & 31 * more)[:-1]  # and the one before it
-    end = np.flatnonzero(more == 0)
-    counts, place, group = value.take(end).astype(np.int64), np.searchsorted(end, deep), 2
+    value = (code ^ 16).astype(np.int16) - 16  # the last group of a count with its sign,
+    value[1:] = value[1:] << 5 * more[:-1] | (code & 31 * more)[:-1]  # and the one before it; few have others
+    end, deep, group = np.flatnonzero(more == 0), np.flatnonzero(more[2:] < (more[1:-1] & more[:-2])) + 2, 2
+    counts, place = value.take(end).astype(np.int64), np.searchsorted(end, deep)
     while len(deep) and group < 8:
         counts[place] = counts[place] * 32 + (code[deep - group] & 31)
         group, left = group + 1, more[deep - group - 1] > 0
@@ -76,7 +74,7 @@ def _read_counts(rles, what):
     for odd in (0, 1):
         start = (first + 1 - odd) // 2  # (N+1,)
         total = np.cumsum(np.append(0, counts[odd::2]))  # (1+R/2,)
-        counts[odd::2] = total[1:] - np.repeat(total[start[:-1]], np.diff(start))
+        np.subtract(total[1:], np.repeat(total[start[:-1]], np.diff(start)), out=counts[odd::2])
     filled, pixels = np.add.reduceat(counts, first[:-1]), [math.prod(rle["size"]) for rle in rles]
     if counts.min() < 0 or (filled != pixels).any():
         raise ValueError(f"{what}: RLE counts fill {filled} of {pixels} pixels; give the size as [H, W]")
@@ -88,9 +86,8 @@ def rle_decode(rle: Mapping, name: str = "RLE") -> np.ndarray:
 
     Raises ValueError, starting with `name`, for broken strings and counts that do not fill the size."""
     counts, _ = _read_counts([rle], name)
-    height, width = rle["size"]
     ones = np.arange(len(counts), dtype=np.uint8) & 1
-    return np.repeat(ones, counts).reshape(width, height).T.view(bool)  # (H, W)
+    return np.repeat(ones, counts).reshape(rle["size"][::-1]).T.view(bool)  # (H, W)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -322,10 +319,11 @@ AP_NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large",
             "AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large")
 
 
-def _count_bits(masks):
-    """Areas, int64 (N,), of masks (H,W), and a function (i, j) -> pixels shared by each pair of masks (P,).
+def _count_bits(masks, what):
+    """Areas, int64 (N,), of masks (H,W) or RLE dicts, and a function (i, j) -> pixels that pairs share (P,).
 
     Masks are packed to bits: exact at any size, and faster here than a float32 matmul of 0/1 masks."""
+    masks = [rle_decode(mask, what) if isinstance(mask, dict) else np.asarray(mask) for mask in masks]
     size = max((mask.size for mask in masks), default=0)
     packed = np.zeros((len(masks), -(-size // 64) * 8), np.uint8)  # (N, bytes), in whole 64-bit words
     for row, mask in zip(packed, masks, strict=True):
@@ -342,23 +340,19 @@ def _count_runs(rles, what):
     counts, first = _read_counts(rles, what)
     line = np.cumsum(counts)  # all masks of one size on one line: where its runs end, of 0s and 1s in turn
     pixels = line[-1] // len(rles)
-    counts[1::2] *= -1
+    np.negative(counts[1::2], out=counts[1::2])
     zeros_less_ones = np.add.reduceat(counts, first[:-1]) * (1 - 2 * (first[:-1] & 1))
     runs = [line[a:b - (b - a) % 2] for a, b in itertools.pairwise(first.tolist())]  # begin, end, begin, ...
 
     def shared(i, j):
-        both = np.stack((i, j), 1)  # (P, 2)
-        parts = [runs[mask] for mask in both.reshape(-1).tolist()]
-        size = np.array([len(part) for part in parts])
-        # lay the pairs one after the other on a new line, each mask of a pair on the other
-        edge = np.concatenate(parts) + np.repeat((np.arange(len(i))[:, None] - both).reshape(-1) * pixels, size)
-        begin, end = edge[::2].copy(), edge[1::2].copy()
-        begin.sort(kind="stable")  # merges what is sorted in parts
-        end.sort(kind="stable")
-        # of two masks at most two runs lie at a place: they share what lies after the k+1st begin and before
-        # the kth end
-        width = np.maximum(end[:-1] - begin[1:], 0)
-        return np.add.reduceat(np.append(width, 0), (np.cumsum(size)[1::2] - size[::2] - size[1::2]) // 2)
+        both = np.stack((i, j), 1).reshape(-1)  # (2 * P,)
+        parts = [runs[mask] for mask in both.tolist()]
+        size = np.array(list(map(len, parts)))
+        # the pairs one after the other on a new line, the two masks of a pair in the same place
+        edge = np.concatenate(parts) + np.repeat((np.arange(len(both)) // 2 - both) * pixels, size)
+        begin, end = (np.sort(edge[side::2], kind="stable") for side in (0, 1))  # merges: parts are sorted
+        width = np.maximum(end[:-1] - begin[1:], 0)  # after k + 1 begins, before the kth end: both masks are
+        return np.add.reduceat(np.append(width, 0), (np.cumsum(size) - size)[::2] // 2)
     return (pixels - zeros_less_ones) // 2, shared
 
 
@@ -379,7 +373,7 @@ def _match(table, ignored):
         able = (iou[start:stop, None] >= IOU_THRESHOLDS)[:, :, None] & (~taken[g] | crowd[g, None, None])
         place = np.arange(1, n + 1)[:, None] + n * ~ignored[g]  # (n, 4); the highest wins
         first = np.flatnonzero(np.diff(d, prepend=-1))
-        best = np.maximum.reduceat(np.where(able, place[:, None], 0), first, axis=0)  # (detections, 10, 4)
+        best = np.maximum.reduceat(able * place[:, None], first, axis=0)  # (detections, 10, 4)
         who, t, a = np.nonzero(best)
         winner = g[(best[who, t, a] - 1) % n]
         taken[winner, t, a] = True
@@ -389,11 +383,11 @@ def _match(table, ignored):
 
 
 def _precision(hit, wrong, objects):
-    """Precision (A,10,101) at each recall threshold, of hits and errors (A,10,n) in order of falling score."""
+    """Precision (A,10,101) at each recall threshold, of hits and errors (A,10,n) by falling score."""
     tp, fp = np.cumsum(hit, axis=2), np.cumsum(wrong, axis=2)  # (A, 10, n)
-    best = np.zeros((*tp.shape[:2], tp.shape[2] + 1))  # (A, 10, n+1); 0 where a recall is never reached
     precision = tp / (tp + fp + np.spacing(1))
-    best[..., :-1] = np.maximum.accumulate(precision[..., ::-1], axis=2)[..., ::-1]
+    best = np.maximum.accumulate(precision[..., ::-1], axis=2)[..., ::-1]
+    best = np.pad(best, ((0, 0), (0, 0), (0, 1)))  # (A, 10, n+1); 0 where a recall is never reached
     needed = np.stack([np.searchsorted(np.arange(n + 1) / n, RECALL_THRESHOLDS) for n in objects])  # (A, 101)
     # one search for all rows: row t counts from t * (objects + 1), so that the rows make one rising sequence
     row, span = np.arange(tp.shape[0] * 10).reshape(-1, 10, 1), objects.max() + 1
@@ -406,8 +400,7 @@ class MaskAP(_Parts):
 
     def __init__(self, num_classes: int):
         self.num_classes = num_classes
-        columns = ("det_label", "det_rank", "det_area", "det_score", "true_label", "true_area",
-                   "pair_det", "pair_true", "pair_iou")
+        columns = "det_label det_rank det_area det_score true_label true_area pair_det pair_true pair_iou".split()
         self.parts = [dict.fromkeys(columns, np.zeros(0, np.int64)) | {
             "images": np.zeros(0, str), "num": np.zeros((0, 3), np.int64), "true_crowd": np.zeros(0, bool)}]
 
@@ -419,25 +412,21 @@ class MaskAP(_Parts):
         Raises ValueError for masks that do not fit their labels or each other, and for unknown classes."""
         label, true_label = np.asarray(detections["labels"]), np.asarray(truth["labels"])
         crowd = np.asarray(truth.get("crowd", np.zeros(len(true_label))), bool)
-        split, both = len(detections["masks"]), (*detections["masks"], *truth["masks"])
-        masks = [mask if isinstance(mask, dict) else np.asarray(mask) for mask in both]
+        split, masks = len(detections["masks"]), [*detections["masks"], *truth["masks"]]
         counts, wanted = (split, len(masks) - split), (len(label), len(true_label))
         if counts != wanted:
             raise ValueError(f"{image}: {counts} detected and true masks have {wanted} labels; give one each")
         coded = [isinstance(mask, dict) for mask in masks]
-        sizes = {tuple(m["size"] if code else m.shape) for m, code in zip(masks, coded, strict=True)}
+        sizes = {tuple(m["size"] if code else np.shape(m)) for m, code in zip(masks, coded, strict=True)}
         if len(sizes) > 1:
             raise ValueError(f"{image}: masks have the sizes {sorted(sizes)}; give all in the image's size")
-        if not all(coded):
-            masks = [rle_decode(m, image) if code else m for m, code in zip(masks, coded, strict=True)]
-        pixels, shared = _count_runs(masks, image) if masks and all(coded) else _count_bits(masks)
+        pixels, shared = (_count_runs if masks and all(coded) else _count_bits)(masks, image)
         area, true_area = np.split(pixels, [split])
         # count only the pairs of one class whose areas do not exclude an IoU of 0.5
         low, high = np.minimum(area[:, None], true_area), np.maximum(area[:, None], true_area)  # (D, G)
         d, g = np.nonzero((label[:, None] == true_label) & (low > 0) & (crowd | (2 * low >= high)))
         overlap = np.zeros(low.shape)  # (D, G)
-        if len(d):
-            overlap[d, g] = shared(d, split + g)
+        overlap[d, g] = shared(d, split + g) if len(d) else 0
         self.update_overlaps({**detections, "pixels": area}, {**truth, "pixels": true_area}, overlap, image)
 
     def update_overlaps(self, detections: Mapping, truth: Mapping, overlap: np.ndarray, image: str) -> None:
@@ -492,16 +481,15 @@ class MaskAP(_Parts):
         hit, wrong = found & ~void, ~found & ((area >= low) & (area <= high))[:, None]  # (D, 10, 4)
         precision = np.full((4, self.num_classes, 10, 101), np.nan)
         recall = np.full((6, self.num_classes, 10), np.nan)
-        for k in range(self.num_classes):
+        for k in np.unique(table["true_label"][~ignored[:, 0]]):  # the first range holds the others
             rows = np.flatnonzero(table["det_label"] == k)
             rows = rows[np.argsort(-table["det_score"][rows], kind="stable")]
             objects = np.count_nonzero(~ignored[table["true_label"] == k], axis=0)  # (4,)
             some = np.flatnonzero(objects)
-            if len(some):
-                hits, errors = (np.ascontiguousarray(x[rows].T[some]) for x in (hit, wrong))  # (A, 10, n)
-                precision[some, k] = _precision(hits, errors, objects[some])
-                recall[some + 2, k] = hits.sum(2) / objects[some, None]
-            for n, most in enumerate((1, 10) if objects[0] else ()):
+            hits, errors = (np.ascontiguousarray(x[rows].T[some]) for x in (hit, wrong))  # (A, 10, n)
+            precision[some, k] = _precision(hits, errors, objects[some])
+            recall[some + 2, k] = hits.sum(2) / objects[some, None]
+            for n, most in enumerate((1, 10)):
                 recall[n, k] = hits[0][:, table["det_rank"][rows] < most].sum(1) / objects[0]
         return precision, recall
 
