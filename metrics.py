@@ -400,8 +400,8 @@ class MaskAP(_Parts):
 
     def __init__(self, num_classes: int):
         self.num_classes = num_classes
-        columns = "det_label det_rank det_area det_score true_label true_area pair_det pair_true pair_iou".split()
-        self.parts = [dict.fromkeys(columns, np.zeros(0, np.int64)) | {
+        ints = "det_label det_rank det_area det_score true_label true_area pair_det pair_true pair_iou"
+        self.parts = [dict.fromkeys(ints.split(), np.zeros(0, np.int64)) | {
             "images": np.zeros(0, str), "num": np.zeros((0, 3), np.int64), "true_crowd": np.zeros(0, bool)}]
 
     def update(self, detections: Mapping, truth: Mapping, image: str) -> None:
