@@ -86,8 +86,7 @@ def rle_decode(rle: Mapping, name: str = "RLE") -> np.ndarray:
 
     Raises ValueError, starting with `name`, for broken strings and counts that do not fill the size."""
     counts, _ = _read_counts([rle], name)
-    ones = np.arange(len(counts), dtype=np.uint8) & 1
-    return np.repeat(ones, counts).reshape(rle["size"][::-1]).T.view(bool)  # (H, W)
+    return np.repeat(np.arange(len(counts)) % 2 > 0, counts).reshape(rle["size"][::-1]).T  # (H, W)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -321,8 +320,7 @@ AP_NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large",
 
 def _count_bits(masks, what):
     """Areas, int64 (N,), of masks (H,W) or RLE dicts, and a function (i, j) -> pixels that pairs share (P,).
-
-    Masks are packed to bits: exact at any size, and faster here than a float32 matmul of 0/1 masks."""
+    Packed to bits, masks are counted exactly at any size, and faster here than by float32 products."""
     masks = [rle_decode(mask, what) if isinstance(mask, dict) else np.asarray(mask) for mask in masks]
     size = max((mask.size for mask in masks), default=0)
     packed = np.zeros((len(masks), -(-size // 64) * 8), np.uint8)  # (N, bytes), in whole 64-bit words
@@ -385,8 +383,7 @@ def _match(table, ignored):
 def _precision(hit, wrong, objects):
     """Precision (A,10,101) at each recall threshold, of hits and errors (A,10,n) by falling score."""
     tp, fp = np.cumsum(hit, axis=2), np.cumsum(wrong, axis=2)  # (A, 10, n)
-    precision = tp / (tp + fp + np.spacing(1))
-    best = np.maximum.accumulate(precision[..., ::-1], axis=2)[..., ::-1]
+    best = np.maximum.accumulate((tp / (tp + fp + np.spacing(1)))[..., ::-1], axis=2)[..., ::-1]
     best = np.pad(best, ((0, 0), (0, 0), (0, 1)))  # (A, 10, n+1); 0 where a recall is never reached
     needed = np.stack([np.searchsorted(np.arange(n + 1) / n, RECALL_THRESHOLDS) for n in objects])  # (A, 101)
     # one search for all rows: row t counts from t * (objects + 1), so that the rows make one rising sequence
@@ -459,10 +456,9 @@ class MaskAP(_Parts):
         """The state in order of image names, with pairs that point into the whole table, not their image."""
         state = self.state()
         order = np.argsort(state["images"], kind="stable")
-        names = state["images"][order]
-        twice = names[1:][names[1:] == names[:-1]]
-        if len(twice):
-            raise ValueError(f"{twice[0]}: counted more than once; update with each image once")
+        names, times = np.unique(state["images"], return_counts=True)
+        if (times > 1).any():
+            raise ValueError(f"{names[times > 1][0]}: counted more than once; update with each image once")
         table = {}
         for kind, count in zip(("pair", "det", "true"), state["num"].T, strict=True):
             row = _ranges((np.cumsum(count) - count)[order], count[order])
