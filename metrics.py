@@ -371,7 +371,7 @@ def _match(table, ignored):
         able = (iou[start:stop, None] >= IOU_THRESHOLDS)[:, :, None] & (~taken[g] | crowd[g, None, None])
         place = np.arange(1, n + 1)[:, None] + n * ~ignored[g]  # (n, 4); the highest wins
         first = np.flatnonzero(np.diff(d, prepend=-1))
-        best = np.maximum.reduceat(able * place[:, None], first, axis=0)  # (detections, 10, 4)
+        best = np.maximum.reduceat(np.where(able, place[:, None], 0), first, axis=0)  # (detections, 10, 4)
         who, t, a = np.nonzero(best)
         winner = g[(best[who, t, a] - 1) % n]
         taken[winner, t, a] = True
@@ -384,7 +384,7 @@ def _precision(hit, wrong, objects):
     """Precision (A,10,101) at each recall threshold, of hits and errors (A,10,n) by falling score."""
     tp, fp = np.cumsum(hit, axis=2), np.cumsum(wrong, axis=2)  # (A, 10, n)
     best = np.maximum.accumulate((tp / (tp + fp + np.spacing(1)))[..., ::-1], axis=2)[..., ::-1]
-    best = np.pad(best, ((0, 0), (0, 0), (0, 1)))  # (A, 10, n+1); 0 where a recall is never reached
+    best = np.append(best, np.zeros((len(tp), 10, 1)), axis=2)  # (A, 10, n+1); 0: recall never reached
     needed = np.stack([np.searchsorted(np.arange(n + 1) / n, RECALL_THRESHOLDS) for n in objects])  # (A, 101)
     # one search for all rows: row t counts from t * (objects + 1), so that the rows make one rising sequence
     row, span = np.arange(tp.shape[0] * 10).reshape(-1, 10, 1), objects.max() + 1

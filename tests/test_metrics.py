@@ -820,8 +820,8 @@ def real_instances():
             tables.append(json.loads(archive.read(f"annotations/instances_{member}2017.json")))
     labels = {c["id"]: k for k, c in enumerate(tables[0]["categories"])}
     images = []
-    for table, image in ((table, image) for table in tables for image in table["images"]):
-        mine = [a for a in table["annotations"] if a["image_id"] == image["id"]]
+    for image in tables[0]["images"] + tables[1]["images"]:
+        mine = [a for table in tables for a in table["annotations"] if a["image_id"] == image["id"]]
         shape = image["height"], image["width"]
         forms = [a["segmentation"] for a in mine]
         masks = [rle_decode(f) if isinstance(f, dict) else polygons_to_mask(f, *shape) for f in forms]
