@@ -495,7 +495,7 @@ def bench_pq(run):
 
 def bench_miou(run):
     """Mean IoU of maps of 19 classes."""
-    (height, width), count = ((256, 512), 2) if run.quick else ((1024, 2048), 20)
+    (height, width), count = ((256, 512), 2) if run.quick else ((1024, 2048), 100)
     maps = [[regions(19, height, width) for _ in range(2)] for _ in range(2)]
 
     def evaluate(metric, order):
@@ -512,12 +512,15 @@ def bench_miou(run):
 
 
 def bench_ap(run):
-    """Mask AP from RLE: 30 detections and 8 objects an image."""
-    rng, count, images, objects, results = np.random.default_rng(0), 5 if run.quick else 100, [], [], []
-    codes = [metrics.rle_encode(regions(8, 480, 640) == k) for k in range(8) for _ in range(10)]
+    """Mask AP from RLE: 30 detections and 8 objects an image; detections are objects moved by some pixels."""
+    rng, count, images, objects, results = np.random.default_rng(0), 5 if run.quick else 500, [], [], []
+    ids = [regions(40, 480, 640) for _ in range(2 if run.quick else 20)]  # 400 runs a mask; COCO's have 100
     for k in range(count):
-        masks, labels = [codes[p] for p in rng.integers(80, size=38)], rng.integers(20, size=38).tolist()
-        scores, area = rng.random(30).tolist(), [int(metrics.rle_decode(mask).sum()) for mask in masks[30:]]
+        true = [ids[k % len(ids)] == s for s in rng.choice(40, 8, replace=False)]  # 8 x (H, W)
+        source, shift, own = rng.integers(8, size=30), rng.integers(-9, 10, (30, 2)), rng.integers(80, size=8)
+        masks = [np.roll(true[s], d, (0, 1)) for s, d in zip(source, shift, strict=True)] + true
+        masks, labels = [metrics.rle_encode(mask) for mask in masks], [*own[source].tolist(), *own.tolist()]
+        scores, area = rng.random(30).tolist(), [int(mask.sum()) for mask in true]
         images.append((dict(masks=masks[:30], scores=scores, labels=labels[:30]),
                        dict(masks=masks[30:], labels=labels[30:], area=area)))
         rows = [dict(image_id=k, category_id=c, segmentation=m) for c, m in zip(labels, masks, strict=True)]
@@ -526,13 +529,13 @@ def bench_ap(run):
                     for j, row in enumerate(rows[30:])]
 
     def ours(i):
-        metric = metrics.MaskAP(20)
+        metric = metrics.MaskAP(80)
         for k, (found, truth) in enumerate(images):
             metric.update(found, truth, f"{k:09}")
         return metric.compute()["AP"]
 
     def official(i, truth, evaluation):
-        done = evaluation(truth, truth.loadRes(copy.deepcopy(results)), "segm")
+        done = evaluation(truth, truth.loadRes([*map(dict, results)]), "segm")
         done.evaluate()
         done.accumulate()
         done.summarize()
@@ -541,7 +544,7 @@ def bench_ap(run):
     calls, modules = {"ours": ours}, {"pycocotools": ("pycocotools.coco", "pycocotools.cocoeval"),
                                       "hotcoco": ("hotcoco", "hotcoco")}
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        path, categories = Path(folder, "true.json"), [dict(id=k, name=str(k)) for k in range(20)]
+        path, categories = Path(folder, "true.json"), [dict(id=k, name=str(k)) for k in range(80)]
         frames = [dict(id=k, height=480, width=640) for k in range(count)]
         path.write_text(json.dumps(dict(images=frames, annotations=objects, info={}, categories=categories)))
         for name, (coco, evaluation) in modules.items():

@@ -9,6 +9,7 @@ depend, to the last bit, on how the images were split.
     metric.compute()["PQ"]
 """
 # SPDX-License-Identifier: MIT
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -51,33 +52,33 @@ def rle_encode(mask: np.ndarray) -> dict:
 
 
 def _read_counts(rles, what):
-    """Counts of N RLE dicts in a row, int64 (R,), and how many belong to each (N,); they fill their sizes."""
+    """Counts of N RLE dicts in a row, integers (R,), and where those of each begin and end (N+1,)."""
     texts = [rle["counts"].encode() if isinstance(rle["counts"], str) else rle["counts"] for rle in rles]
     texts = [text if isinstance(text, bytes) else _pack_counts(np.asarray(text, np.int64)) for text in texts]
     code = np.frombuffer(b"".join(texts), np.uint8) - np.uint8(48)  # wraps: foreign characters exceed 63
-    stop = np.cumsum([len(text) for text in texts])
-    if not all(texts) or code.max() > 63 or (code[stop - 1] > 31).any():
+    stop, more = np.cumsum(list(map(len, texts))), code >> 5  # more: 1 where another group of a count follows
+    if not all(texts) or code.max() > 63 or more[stop - 1].any():
         raise ValueError(f"{what}: RLE counts are cut or have foreign characters; write them by rle_encode")
-    end = np.flatnonzero(code < 32)  # the last group of each count
-    start = np.concatenate(([0], end[:-1] + 1))
-    more = end - start
-    value = (code[start] & 31).astype(np.int64)
-    for group in range(1, more.max() + 1):
-        longer = np.flatnonzero(more >= group)
-        value[longer] |= (code[start[longer] + group] & 31).astype(np.int64) << (5 * group)
-    value -= (code[end] & 16).astype(np.int64) << (5 * more + 1)
-    length = np.diff(np.searchsorted(end, stop), prepend=0)
-    # undo the differences: sums inside each string over its odd places, and over its even ones but the first
-    first = np.cumsum(length) - length
-    is_odd = _ranges(np.zeros_like(length), length) & 1
-    odd = np.cumsum(value * is_odd)
-    even = np.cumsum(value) - odd
-    counts = np.where(is_odd, odd - np.repeat(odd[first], length), even - np.repeat(even[first], length))
-    counts[first] = value[first]
-    filled, pixels = np.add.reduceat(counts, first), np.array([math.prod(rle["size"]) for rle in rles])
-    if (counts < 0).any() or (filled != pixels).any():
+    value = (code ^ 16).astype(np.int16) - 16  # the last group of a count with its sign,
+    value[1:] = value[1:] << 5 * more[:-1] | (code & 31 * more)[:-1]  # and the one before it; few have others
+    end, deep, group = np.flatnonzero(more == 0), np.flatnonzero(more[2:] < (more[1:-1] & more[:-2])) + 2, 2
+    counts, place = value.take(end).astype(np.int64), np.searchsorted(end, deep)
+    while len(deep) and group < 8:
+        counts[place] = counts[place] * 32 + (code[deep - group] & 31)
+        group, left = group + 1, more[deep - group - 1] > 0
+        deep, place = deep[left], place[left]
+    first = np.append(0, np.searchsorted(end, stop))  # (N+1,)
+    # undo the differences: running sums of every other count, less their values where each string begins
+    three = first[:-1][np.diff(first) > 2]
+    counts[three + 2] -= counts[three]  # the third count is no difference
+    for odd in (0, 1):
+        start = (first + 1 - odd) // 2  # (N+1,)
+        total = np.cumsum(np.append(0, counts[odd::2]))  # (1+R/2,)
+        np.subtract(total[1:], np.repeat(total[start[:-1]], np.diff(start)), out=counts[odd::2])
+    filled, pixels = np.add.reduceat(counts, first[:-1]), [math.prod(rle["size"]) for rle in rles]
+    if counts.min() < 0 or (filled != pixels).any():
         raise ValueError(f"{what}: RLE counts fill {filled} of {pixels} pixels; give the size as [H, W]")
-    return counts, length
+    return counts, first
 
 
 def rle_decode(rle: Mapping, name: str = "RLE") -> np.ndarray:
@@ -85,9 +86,7 @@ def rle_decode(rle: Mapping, name: str = "RLE") -> np.ndarray:
 
     Raises ValueError, starting with `name`, for broken strings and counts that do not fill the size."""
     counts, _ = _read_counts([rle], name)
-    height, width = rle["size"]
-    ones = np.arange(len(counts), dtype=np.uint8) & 1
-    return np.repeat(ones, counts).reshape(width, height).T.view(bool)  # (H, W)
+    return np.repeat(np.arange(len(counts)) % 2 > 0, counts).reshape(rle["size"][::-1]).T  # (H, W)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -319,10 +318,10 @@ AP_NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large",
             "AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large")
 
 
-def _count_bits(masks):
-    """Areas, int64 (N,), of masks (H,W), and a function (i, j) -> pixels shared by each pair of masks (P,).
-
-    Masks are packed to bits: exact at any size, and faster here than a float32 matmul of 0/1 masks."""
+def _count_bits(masks, what):
+    """Areas, int64 (N,), of masks (H,W) or RLE dicts, and a function (i, j) -> pixels that pairs share (P,).
+    Packed to bits, masks are counted exactly at any size, and faster here than by float32 products."""
+    masks = [rle_decode(mask, what) if isinstance(mask, dict) else np.asarray(mask) for mask in masks]
     size = max((mask.size for mask in masks), default=0)
     packed = np.zeros((len(masks), -(-size // 64) * 8), np.uint8)  # (N, bytes), in whole 64-bit words
     for row, mask in zip(packed, masks, strict=True):
@@ -336,25 +335,23 @@ def _count_bits(masks):
 
 def _count_runs(rles, what):
     """As _count_bits for RLE dicts, from their runs alone."""
-    counts, length = _read_counts(rles, what)
-    # each mask fills its size, so that running sums lay the masks one after the other on one long line
-    line = np.cumsum(counts)
-    pixels = line[-1] // len(length)
-    ones = np.flatnonzero(_ranges(np.zeros_like(length), length) & 1)
-    begin, end = line[ones - 1], line[ones]
-    first = np.searchsorted(begin, np.arange(len(length) + 1) * pixels)  # mask i: runs first[i]..first[i + 1]
-    before = np.concatenate(([0], np.cumsum(end - begin)))
-
-    def set_before(at):  # how many pixels of the line are set before each position
-        run = np.searchsorted(begin, at, side="right") - 1
-        return np.where(run >= 0, before[run] + np.minimum(at, end[run]) - begin[run], 0)
+    counts, first = _read_counts(rles, what)
+    line = np.cumsum(counts)  # all masks of one size on one line: where its runs end, of 0s and 1s in turn
+    pixels = line[-1] // len(rles)
+    np.negative(counts[1::2], out=counts[1::2])
+    zeros_less_ones = np.add.reduceat(counts, first[:-1]) * (1 - 2 * (first[:-1] & 1))
+    runs = [line[a:b - (b - a) % 2] for a, b in itertools.pairwise(first.tolist())]  # begin, end, begin, ...
 
     def shared(i, j):
-        size = first[i + 1] - first[i]
-        run, pair = _ranges(first[i], size), np.repeat(np.arange(len(i)), size)
-        shift = (j - i)[pair] * pixels  # moves the runs of i onto j
-        return _sum_by(pair, set_before(end[run] + shift) - set_before(begin[run] + shift), i.shape)
-    return np.diff(before[first]), shared
+        both = np.stack((i, j), 1).reshape(-1)  # (2 * P,)
+        parts = [runs[mask] for mask in both.tolist()]
+        size = np.array(list(map(len, parts)))
+        # the pairs one after the other on a new line, the two masks of a pair in the same place
+        edge = np.concatenate(parts) + np.repeat((np.arange(len(both)) // 2 - both) * pixels, size)
+        begin, end = (np.sort(edge[side::2], kind="stable") for side in (0, 1))  # merges: parts are sorted
+        width = np.maximum(end[:-1] - begin[1:], 0)  # after k + 1 begins, before the kth end: both masks are
+        return np.add.reduceat(np.append(width, 0), (np.cumsum(size) - size)[::2] // 2)
+    return (pixels - zeros_less_ones) // 2, shared
 
 
 def _match(table, ignored):
@@ -384,16 +381,15 @@ def _match(table, ignored):
 
 
 def _precision(hit, wrong, objects):
-    """Precision (10,101) at each recall threshold, of hits and errors (10,n) in order of falling score."""
-    tp, fp = np.cumsum(hit, axis=1), np.cumsum(wrong, axis=1)  # (10, n)
-    precision = tp / (tp + fp + np.spacing(1))
-    best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    best = np.pad(best, ((0, 0), (0, 1)))  # (10, n+1); 0 where a recall is never reached
-    needed = np.searchsorted(np.arange(objects + 1) / objects, RECALL_THRESHOLDS)  # (101,) hits
+    """Precision (A,10,101) at each recall threshold, of hits and errors (A,10,n) by falling score."""
+    tp, fp = np.cumsum(hit, axis=2), np.cumsum(wrong, axis=2)  # (A, 10, n)
+    best = np.maximum.accumulate((tp / (tp + fp + np.spacing(1)))[..., ::-1], axis=2)[..., ::-1]
+    best = np.append(best, np.zeros((len(tp), 10, 1)), axis=2)  # (A, 10, n+1); 0: recall never reached
+    needed = np.stack([np.searchsorted(np.arange(n + 1) / n, RECALL_THRESHOLDS) for n in objects])  # (A, 101)
     # one search for all rows: row t counts from t * (objects + 1), so that the rows make one rising sequence
-    row = np.arange(len(tp))[:, None]
-    place = np.searchsorted((tp + row * (objects + 1)).reshape(-1), needed + row * (objects + 1))  # (10, 101)
-    return np.take_along_axis(best, place - row * tp.shape[1], axis=1)
+    row, span = np.arange(tp.shape[0] * 10).reshape(-1, 10, 1), objects.max() + 1
+    place = np.searchsorted((tp + row * span).reshape(-1), needed[:, None] + row * span)  # (A, 10, 101)
+    return np.take_along_axis(best, place - row * tp.shape[2], axis=2)
 
 
 class MaskAP(_Parts):
@@ -401,9 +397,8 @@ class MaskAP(_Parts):
 
     def __init__(self, num_classes: int):
         self.num_classes = num_classes
-        columns = ("det_label", "det_rank", "det_area", "det_score", "true_label", "true_area",
-                   "pair_det", "pair_true", "pair_iou")
-        self.parts = [dict.fromkeys(columns, np.zeros(0, np.int64)) | {
+        ints = "det_label det_rank det_area det_score true_label true_area pair_det pair_true pair_iou"
+        self.parts = [dict.fromkeys(ints.split(), np.zeros(0, np.int64)) | {
             "images": np.zeros(0, str), "num": np.zeros((0, 3), np.int64), "true_crowd": np.zeros(0, bool)}]
 
     def update(self, detections: Mapping, truth: Mapping, image: str) -> None:
@@ -414,24 +409,21 @@ class MaskAP(_Parts):
         Raises ValueError for masks that do not fit their labels or each other, and for unknown classes."""
         label, true_label = np.asarray(detections["labels"]), np.asarray(truth["labels"])
         crowd = np.asarray(truth.get("crowd", np.zeros(len(true_label))), bool)
-        split, both = len(detections["masks"]), (*detections["masks"], *truth["masks"])
-        masks = [mask if isinstance(mask, Mapping) else np.asarray(mask) for mask in both]
+        split, masks = len(detections["masks"]), [*detections["masks"], *truth["masks"]]
         counts, wanted = (split, len(masks) - split), (len(label), len(true_label))
         if counts != wanted:
             raise ValueError(f"{image}: {counts} detected and true masks have {wanted} labels; give one each")
-        coded = [isinstance(mask, Mapping) for mask in masks]
-        sizes = {tuple(m["size"] if code else m.shape) for m, code in zip(masks, coded, strict=True)}
+        coded = [isinstance(mask, dict) for mask in masks]
+        sizes = {tuple(m["size"] if code else np.shape(m)) for m, code in zip(masks, coded, strict=True)}
         if len(sizes) > 1:
             raise ValueError(f"{image}: masks have the sizes {sorted(sizes)}; give all in the image's size")
-        if not all(coded):
-            masks = [rle_decode(m, image) if code else m for m, code in zip(masks, coded, strict=True)]
-        pixels, shared = _count_runs(masks, image) if masks and all(coded) else _count_bits(masks)
+        pixels, shared = (_count_runs if masks and all(coded) else _count_bits)(masks, image)
         area, true_area = np.split(pixels, [split])
         # count only the pairs of one class whose areas do not exclude an IoU of 0.5
         low, high = np.minimum(area[:, None], true_area), np.maximum(area[:, None], true_area)  # (D, G)
         d, g = np.nonzero((label[:, None] == true_label) & (low > 0) & (crowd | (2 * low >= high)))
         overlap = np.zeros(low.shape)  # (D, G)
-        overlap[d, g] = shared(d, split + g)
+        overlap[d, g] = shared(d, split + g) if len(d) else 0
         self.update_overlaps({**detections, "pixels": area}, {**truth, "pixels": true_area}, overlap, image)
 
     def update_overlaps(self, detections: Mapping, truth: Mapping, overlap: np.ndarray, image: str) -> None:
@@ -464,10 +456,9 @@ class MaskAP(_Parts):
         """The state in order of image names, with pairs that point into the whole table, not their image."""
         state = self.state()
         order = np.argsort(state["images"], kind="stable")
-        names = state["images"][order]
-        twice = names[1:][names[1:] == names[:-1]]
-        if len(twice):
-            raise ValueError(f"{twice[0]}: counted more than once; update with each image once")
+        names, times = np.unique(state["images"], return_counts=True)
+        if (times > 1).any():
+            raise ValueError(f"{names[times > 1][0]}: counted more than once; update with each image once")
         table = {}
         for kind, count in zip(("pair", "det", "true"), state["num"].T, strict=True):
             row = _ranges((np.cumsum(count) - count)[order], count[order])
@@ -486,15 +477,16 @@ class MaskAP(_Parts):
         hit, wrong = found & ~void, ~found & ((area >= low) & (area <= high))[:, None]  # (D, 10, 4)
         precision = np.full((4, self.num_classes, 10, 101), np.nan)
         recall = np.full((6, self.num_classes, 10), np.nan)
-        for k in range(self.num_classes):
+        for k in np.unique(table["true_label"][~ignored[:, 0]]):  # the first range holds the others
             rows = np.flatnonzero(table["det_label"] == k)
             rows = rows[np.argsort(-table["det_score"][rows], kind="stable")]
             objects = np.count_nonzero(~ignored[table["true_label"] == k], axis=0)  # (4,)
-            for a in np.flatnonzero(objects):
-                precision[a, k] = _precision(hit[rows, :, a].T, wrong[rows, :, a].T, objects[a])
-                recall[a + 2, k] = hit[rows, :, a].sum(0) / objects[a]
-            for n, most in enumerate((1, 10) if objects[0] else ()):
-                recall[n, k] = hit[rows[table["det_rank"][rows] < most], :, 0].sum(0) / objects[0]
+            some = np.flatnonzero(objects)
+            hits, errors = (np.ascontiguousarray(x[rows].T[some]) for x in (hit, wrong))  # (A, 10, n)
+            precision[some, k] = _precision(hits, errors, objects[some])
+            recall[some + 2, k] = hits.sum(2) / objects[some, None]
+            for n, most in enumerate((1, 10)):
+                recall[n, k] = hits[0][:, table["det_rank"][rows] < most].sum(1) / objects[0]
         return precision, recall
 
     def per_class(self) -> list[dict]:

@@ -1,0 +1,226 @@
+"""eval.py: masks counted on the device, and counting in a thread while the model goes on."""
+# SPDX-License-Identifier: MIT
+import threading
+import time
+import weakref
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import eomt
+import eval as evaluation
+import metrics
+
+
+class Far(torch.Tensor):
+    """A CPU tensor that says it is on a GPU."""
+
+    is_cuda = True
+
+
+def scene(rng, detections, objects, height=41, width=53, num_classes=3):
+    """(Instances, Sample): overlapping boxes, some crowds, some areas not their pixels, tied scores."""
+
+    def boxes(count):
+        out = torch.zeros(count, height, width, dtype=torch.bool)
+        for mask in out:
+            y, x = rng.integers(0, height), rng.integers(0, width)
+            mask[y:y + rng.integers(1, height), x:x + rng.integers(1, width)] = True
+        return out
+
+    truth, found = boxes(objects), boxes(detections)
+    labels = rng.integers(0, num_classes, objects)
+    for k in range(0, detections if objects else 0, 2):  # half of them lie close to an object
+        found[k] = truth[k % objects].roll(int(rng.integers(-2, 3)), 1)
+    guess = rng.integers(0, num_classes, detections)
+    guess[::2] = labels[np.arange(0, detections, 2) % objects] if objects else guess[::2]
+    area = truth.flatten(1).sum(1).numpy() * rng.choice([1.0, 1.0, 7.5], objects)
+    target = data.Target.from_masks(truth.numpy(), labels, rng.random(objects) < 0.3, area)
+    scores = torch.from_numpy(rng.random(detections).round(1)).float()
+    result = eomt.Instances(found, torch.from_numpy(guess), scores)
+    return result, data.Sample(torch.zeros(3, height, width, dtype=torch.uint8), target, "x.jpg", 1)
+
+
+def state_of(pairs, change=lambda masks: masks):
+    metric = metrics.MaskAP(3)
+    for i, (result, sample) in enumerate(pairs):
+        result = result._replace(masks=change(result.masks))
+        evaluation.add_instance(metric, result, sample._replace(name=f"{i:03}"))
+    return metric.state(), metric.compute()
+
+
+def assert_same_states(pairs, change):
+    (host, numbers), (device, same) = state_of(pairs), state_of(pairs, change)
+    assert host.keys() == device.keys()
+    for key, value in host.items():
+        assert value.dtype == device[key].dtype and (value == device[key]).all(), key
+    assert numbers == same and len(host["pair_iou"]) > 20 and 0.05 < numbers["AP"] < 0.95
+
+
+def scenes():
+    rng = np.random.default_rng(0)
+    counts = [(20, 6), (0, 5), (5, 0), (0, 0), (1, 1), (100, 12)]
+    return [scene(rng, *counts[i % len(counts)]) for i in range(18)]
+
+
+def test_instances_counted_by_products_give_the_same_state():
+    def far(masks):
+        assert masks.device.type == "cpu"
+        return masks.as_subclass(Far)
+
+    assert_same_states(scenes(), far)
+
+
+@pytest.mark.gpu
+def test_instances_counted_on_the_gpu_give_the_same_state():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    assert_same_states(scenes(), lambda masks: masks.cuda())
+
+
+def test_masks_of_a_gpu_never_come_to_the_host(monkeypatch):
+    moved = []
+    monkeypatch.setattr(Far, "cpu", lambda self: moved.append(self.numel()) or torch.Tensor.cpu(self))
+    monkeypatch.setattr(metrics.MaskAP, "update", None)
+    result, sample = scene(np.random.default_rng(1), 50, 6)
+    evaluation.add_instance(metrics.MaskAP(3), result._replace(masks=result.masks.as_subclass(Far)), sample)
+    assert moved and max(moved) <= 50 * 6
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100, 41 * 53, 10**6])
+def test_overlaps_in_chunks(chunk):
+    masks = [scene(np.random.default_rng(seed), count, 0)[0].masks for seed, count in ((2, 9), (3, 4))]
+    a, b = (mask.flatten(1).long() for mask in masks)
+    area, other, shared = evaluation.overlaps(*masks, chunk)
+    assert (area == a.sum(1)).all() and (other == b.sum(1)).all() and (shared == a @ b.T).all()
+    assert shared.dtype == area.dtype == other.dtype == torch.int64
+    empty = evaluation.overlaps(masks[0][:0], masks[1], chunk)
+    assert [tuple(x.shape) for x in empty] == [(0,), (4,), (0, 4)]
+
+
+def test_overlaps_are_exact_beyond_float32():
+    big = torch.ones(1, 4200, 4100, dtype=torch.bool)  # more than 2**24 pixels
+    other = big.clone()
+    other[0, 0, :3] = False
+    area, true_area, shared = evaluation.overlaps(other, big)
+    assert true_area.item() == big.numel() and area.item() == shared.item() == big.numel() - 3
+
+
+# ---- Counting in a thread ----------------------------------------------------------------------------------
+class Odd(Exception):
+    """A fault that nothing else raises."""
+
+
+def run(monkeypatch, images, segment, **options):
+    """evaluate() of a semantic model whose segment() is given, over made images of one class map each."""
+    rng = np.random.default_rng(4)
+    samples = []
+    for k in range(images):
+        ids = torch.from_numpy(rng.integers(1, 4, (1, 8, 9), np.uint8))
+        target = data.Target(ids, torch.zeros(3, dtype=torch.int64), torch.arange(1, 4), torch.arange(3),
+                             torch.zeros(3, dtype=torch.bool), torch.ones(3).double())
+        samples.append(data.Sample(torch.full((3, 8, 9), k, dtype=torch.uint8), target, f"{k:03}.jpg", k))
+    model = eomt.EoMT(eomt.ViT(8, 1, 1, 8, (2, 2)), 3, 2, 1)
+    model.meta = dict(kind="semantic", names=["a", "b", "c"], thing=[False] * 3, size=16)
+    monkeypatch.setattr(eomt, "segment", segment)
+    return evaluation.evaluate(model, samples, **options), samples
+
+
+def guess(model, images, kind, **_):
+    """A third of the pixels right."""
+    seeds = [torch.Generator().manual_seed(int(image[0, 0, 0])) for image in images]
+    return [torch.randint(0, 3, (8, 9), generator=seed) for seed in seeds]
+
+
+def test_thread_counts_every_image_once_and_in_order(monkeypatch):
+    seen, threads = [], set()
+
+    def export(result, sample):
+        seen.append((sample.name, int(sample.image[0, 0, 0]), result.sum().item()))
+        threads.add(threading.get_ident())
+
+    result, samples = run(monkeypatch, 11, guess, exports=(export,))
+    assert [name for name, _, _ in seen] == [sample.name for sample in samples] and result.images == 11
+    assert all(total == guess(None, [sample.image], "")[0].sum() for (_, _, total), sample in
+               zip(seen, samples, strict=True))
+    assert len(threads) == 1 and threading.get_ident() not in threads
+    metric = metrics.MeanIoU(3)
+    for sample in samples:
+        evaluation.add_semantic(metric, guess(None, [sample.image], "")[0], sample)
+    assert result.numbers["mIoU"] == 100 * metric.compute()["mIoU"]
+    assert not any("ThreadPool" in thread.name for thread in threading.enumerate())
+
+
+def test_thread_counts_while_the_model_works(monkeypatch):
+    spans = {"model": [], "count": []}
+
+    def spend(kind):
+        began = time.perf_counter()
+        time.sleep(0.03)
+        spans[kind].append((began, time.perf_counter()))
+
+    def segment(*args, **_):
+        spend("model")
+        return guess(*args)
+
+    run(monkeypatch, 8, segment, exports=(lambda result, sample: spend("count"),))
+    both = sum(max(0, min(b, d) - max(a, c)) for a, b in spans["model"] for c, d in spans["count"])
+    assert both > 0.5 * 7 * 0.03  # 7 of 8 counts lie beside the next call of the model
+    assert all(count[0] >= model[1] for model, count in zip(spans["model"], spans["count"], strict=True))
+
+
+def test_thread_is_never_two_batches_behind(monkeypatch):
+    alive, most, called = weakref.WeakSet(), [], []
+
+    def segment(*args, **_):
+        results = guess(*args)
+        called.append(len(called))
+        alive.update(results)
+        most.append(len(alive))
+        return results
+
+    def slow(result, sample):
+        time.sleep(0.02)
+        assert len(called) - 1 <= int(sample.image[0, 0, 0]) + 1
+
+    run(monkeypatch, 10, segment, exports=(slow,))
+    assert max(most) <= 3  # the one counted, the one that waits, the new one
+
+
+@pytest.mark.parametrize("images", [1, 2, 9])
+def test_thread_fault_stops_the_evaluation(monkeypatch, images):
+    called = []
+
+    def segment(*args, **_):
+        called.append(1)
+        return guess(*args)
+
+    def fault(result, sample):
+        raise Odd(sample.name)
+
+    with pytest.raises(Odd, match="000.jpg"):
+        run(monkeypatch, images, segment, exports=(fault,))
+    assert len(called) <= 2  # the model saw one batch more at most
+
+
+def test_model_fault_stops_the_thread(monkeypatch):
+    called = []
+
+    def segment(*args, **_):
+        called.append(1)
+        if len(called) == 3:
+            raise Odd("model")
+        return guess(*args)
+
+    with pytest.raises(Odd, match="model"):
+        run(monkeypatch, 9, segment)
+    assert len(called) == 3 and not any("ThreadPool" in thread.name for thread in threading.enumerate())
+
+
+def test_empty_share_of_a_rank(monkeypatch):
+    gather = lambda states, state: states.__setitem__(slice(None), [state])  # noqa: E731
+    monkeypatch.setattr(evaluation.dist, "all_gather_object", gather)
+    result, _ = run(monkeypatch, 1, guess, rank=1, world=2)
+    assert result.images == 1 and np.isnan(result.numbers["mIoU"])
