@@ -25,7 +25,7 @@ HOUSE = {
     "siglip2.py": ("torch +safetensors +tokenizers +sentencepiece +huggingface_hub", "?kernels", 540),
     "lora.py": ("torch", "", 200),
     "losses.py": ("torch scipy", "?kernels", 450),
-    "metrics.py": ("numpy", "", 520),
+    "metrics.py": ("numpy", "", 500),
     "data.py": ("torch numpy PIL", "vocab +metrics", 1460),
     "eval.py": ("torch numpy tqdm PIL", "data eomt metrics siglip2 lora losses vocab", 600),
     "predict.py": ("torch numpy PIL tqdm +onnxruntime", "data eomt metrics siglip2 lora losses vocab", 400),
