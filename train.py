@@ -1054,8 +1054,9 @@ def pretrain_toy(folder: str | Path, vocabulary, steps: int = 2000, seed: int = 
 
 
 # ---- The run -----------------------------------------------------------------------------------------------
-IMAGES = dict(coco_panoptic=118287, coco_instance=118287, ade20k_panoptic=20210, ade20k_semantic=20210,
-              cityscapes_semantic=2975)  # training images of the official sets, for --dry-run without data
+IMAGES = dict.fromkeys(("coco_panoptic", "coco_instance"), 118287) | dict(cityscapes_semantic=2975)
+IMAGES |= dict.fromkeys((f"ade20k_{kind}" for kind in ("panoptic", "instance", "semantic")), 20210)
+# training images of the official sets, for --dry-run without data
 
 
 def open_data(cfg: Config, rank: int) -> dict[str, data.SegmentDataset]:
