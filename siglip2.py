@@ -359,6 +359,8 @@ def embed_text(tower: TextTower, tokenizer: Tokenizer, prompts: list[list[list[s
         weights.update(name.encode() + value.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     rows = _read(cache) if cache and Path(cache).is_file() else {}
     cached, picked = len(rows), []
+    if not prompts:
+        raise ValueError("prompts: no class; give at least one")
     for k, synonyms in enumerate(prompts):
         if not synonyms or not all(synonyms):
             raise ValueError(f"prompts: class {k} has no synonym or one without prompts; give one")
