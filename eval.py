@@ -446,6 +446,20 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+ORIGINAL = {"--model.ckpt_path": "--ckpt", "--data.path": "--data", "OPEN_VOCAB_SPLIT": "--split",
+            "--model.network.masked_attn_enabled": "--masked-attn, without a value", "OUTPUT_DIR": "--out",
+            "OPEN_VOCAB.TEMP": "--ov-temp", "OPEN_VOCAB.CALIBRATION_BIAS": "--ov-bias",
+            "OPEN_VOCAB.ENERGY_REJECT_THR": "--ov-reject", "OPEN_VOCAB.MULTILINGUAL": "--languages en,zh"}
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The options; the original recipe's words are answered with ours."""
+    for word in argv:
+        if flag := ORIGINAL.get(word.split("=")[0].removeprefix("MODEL.")):
+            raise ValueError(f"{word}: this is {flag} here; see --help")
+    return parser().parse_args(argv)
+
+
 def load_model(args) -> eomt.EoMT:
     """The checkpoint's model; with --gt-masks a bare SigLIP 2 will do too."""
     folder, names = Path(args.ckpt), ("tokenizer.json", "tokenizer.model")
@@ -570,11 +584,10 @@ def run(args) -> Result:
 
 
 def main():
-    args = parser().parse_args()
     try:
-        run(args)
+        run(parse(sys.argv[1:]))
     except (ValueError, OSError, RuntimeError) as error:
-        if args.debug:
+        if "--debug" in sys.argv:
             raise
         print(f"error: {(str(error) or type(error).__name__).splitlines()[0]}", file=sys.stderr)
         sys.exit(1)

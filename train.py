@@ -403,15 +403,16 @@ def make_open(cfg: Config, vocabulary, start) -> eomt.OpenVocabEoMT:
     if cfg.query_init != "learnable":
         model.centres.copy_(siglip2.centres(rows[head.seen_rows], cfg.num_queries))
     if start:
-        load_stage(model, state, cfg.init or cfg.out)
+        load_stage(model, state, cfg.init or cfg.out, () if cfg.load_class_head else ("class_head.",))
     freeze(model, cfg, state if start else {})
     return model
 
 
-def load_stage(model: eomt.OpenVocabEoMT, state: dict, path):
+def load_stage(model: eomt.OpenVocabEoMT, state: dict, path, skip: tuple[str, ...]):
     """An earlier stage's weights but for its adapters; layers fused from now on start at 0."""
     plain = {k.replace(".base.", "."): value for k, value in state.items() if not k.endswith((".A", ".B"))}
-    eomt.fill(model, plain, path, skip=() if "fuse" in plain and model.fuse is not None else ("fuse",))
+    skip += () if "fuse" in plain and model.fuse is not None else ("fuse",)
+    eomt.fill(model, plain, path, skip=skip)
 
 
 def freeze(model: eomt.OpenVocabEoMT, cfg: Config, state: dict):

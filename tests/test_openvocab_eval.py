@@ -1,6 +1,8 @@
 """Open vocabulary beyond the trained classes: COCO's names trained, ADE20K's and Cityscapes' evaluated."""
 # SPDX-License-Identifier: MIT
 import json
+import re
+import sys
 import zipfile
 from types import SimpleNamespace
 
@@ -12,6 +14,8 @@ from PIL import Image
 import data
 import eomt
 import eval as evaluation
+import lora
+import predict
 import siglip2
 import train
 import vocab
@@ -377,3 +381,251 @@ def test_predict_another_task(world, photo, tmp_path):
 def test_set_classes_of_nothing(world):
     with pytest.raises(ValueError, match="prompts: no class; give at least one"):
         eomt.load(world.ckpt).set_classes([])
+
+
+# ---- options of the original recipe ------------------------------------------------------------------------
+def made(world, stage, *argv):
+    """Settings and model of a stage in training mode, on random heads and, so that they count, adapters."""
+    cfg, _ = train.parse(["--quick", "--stage", stage, "--task", "coco_panoptic", "--split", "ovp_val",
+                          "--batch-size", "4", "--num-points", "64", *map(str, argv)])
+    cfg.encoder_weights, cfg.steps = str(world.root / "tower"), 10
+    model = train.make_open(cfg, vocab.COCO_PANOPTIC, None).train()
+    for adapter in lora.adapters(model).values():
+        torch.nn.init.normal_(adapter.B, std=0.1, generator=torch.Generator().manual_seed(0))
+    return cfg, model
+
+
+def losses(world, *argv):
+    """Of the first step of a stage, and what masks the model was given."""
+    cfg, model = made(world, *argv)
+    trainer, given = train.Trainer(cfg, model, torch.device("cpu")), []
+    model.register_forward_pre_hook(lambda module, inputs: given.append(inputs[1]))
+    images = data.SegmentDataset(world.root / "coco", "coco_panoptic", "train", data.Augment(64, (1.0, 1.0)),
+                                 set(range(133)) - set(train.seen_classes(vocab.COCO_PANOPTIC, cfg.split)))
+    part = data.collate([images[(0, i)] for i in range(4)])
+    norm, _ = trainer.agree([part], SimpleNamespace(signal=0))
+    return trainer.backward(0, 0, part, norm), given[0]
+
+
+def ranks(model):
+    """{block: (rank of q, k, v, rank of fc1, 0 where there is none)}"""
+    found = lora.adapters(model.encoder.blocks)
+    return {block: tuple(found[name].A.shape[1] if (name := f"{block}.{leaf}") in found else 0
+                         for leaf in ("attn.qkv", "mlp.fc1"))
+            for block in sorted({int(name.split(".")[0]) for name in found})}
+
+
+FREEZE, LORA = "MODEL.BACKBONE.FREEZE ", "MODEL.BACKBONE.LORA."
+MODELS = [  # original spelling and value, ours, what shows it in the model
+    (FREEZE + "False", "A --no-freeze-backbone", lambda m: m.encoder.positions.requires_grad, True),
+    (FREEZE + "True", "A --freeze-backbone", lambda m: m.encoder.positions.requires_grad, False),
+    (LORA + "ENABLED True", "A --lora --lora-last-n 1", ranks, {3: (16, 32)}),
+    (LORA + "ENABLED False", "B --no-lora --train-heads --distill-feat 0 --distill-itc 0", ranks, {}),
+    (LORA + "LAST_N_LAYERS 3", "B --lora-last-n 3", lambda m: list(ranks(m)), [1, 2, 3]),
+    (LORA + "LAYERS_LAST_N 1", "B --lora-last-n 1", lambda m: list(ranks(m)), [3]),
+    (LORA + "RANK_ATTN 4", "B --lora-rank-attn 4", ranks, {2: (4, 32), 3: (4, 32)}),
+    (LORA + "RANK_FFN 5", "B --lora-rank-ffn 5", ranks, {2: (16, 5), 3: (16, 5)}),
+    (LORA + "RANK 8", "B --lora-rank-attn 8 --lora-rank-ffn 8 --lora-last-n 8", ranks,
+     dict.fromkeys(range(4), (8, 8))),
+    ("MODEL.QUERY_INIT text", "A --query-init text", lambda m: m.centres.norm(dim=1).min() > 0.5, True),
+    ("MODEL.OPEN_VOCAB.MULTILINGUAL True", "A --languages en,zh", lambda m: len(m.class_head.rows),
+     sum(map(len, vocab.COCO_PANOPTIC.synonyms))),
+    ("OPEN_VOCAB_SPLIT padding_119_14", "A --split padding_119_14", lambda m: m.class_head.num_seen, 119),
+]
+
+
+@pytest.mark.parametrize("word,ours,probe,value", MODELS, ids=[row[0] for row in MODELS])
+def test_original_option_of_the_model(world, word, ours, probe, value):
+    _, model = made(world, *ours.split())
+    assert probe(model) == value
+    refused(word, [part for part in ours.split() if part.startswith("--")][0].replace("--no-", "--"))
+
+
+def refused(word, flag):
+    """The original spelling, with its value after a space or =, is answered with our flag, in one line."""
+    for argv in (word.split(), [word.replace(" ", "=")]):
+        with pytest.raises(ValueError) as error:
+            train.parse(["--stage", "B", *argv])
+        assert flag in str(error.value) and "is " in str(error.value) and "\n" not in str(error.value)
+
+
+def test_original_options_all_answered(capsys):
+    for word, flag in train.SEED_WORDS.items():
+        refused(f"{word} 1", flag.split()[0])
+    for word, flag in evaluation.ORIGINAL.items():
+        with pytest.raises(ValueError, match=f"this is {flag} here"):
+            evaluation.parse([word, "1"])
+    with pytest.raises(SystemExit):
+        train.parse(["--help"])
+    text = capsys.readouterr().out
+    for word in ("MODEL.BACKBONE.LORA.RANK_ATTN", "OPEN_VOCAB_SPLIT", "--model.ckpt_path"):
+        assert re.search(rf"^  {re.escape(word)} +--[a-z]", text, re.M), word
+
+
+def test_original_option_of_distillation(world):
+    """Weights scale their own terms and nothing else; 0 and 0 leave the teacher out."""
+    one, _ = losses(world, "B", "--distill-feat", 1, "--distill-itc", 0.1)
+    two, _ = losses(world, "B", "--distill-feat", 3, "--distill-itc", 0.2)
+    none, _ = losses(world, "B", "--distill-feat", 0, "--distill-itc", 0)
+    assert one["feat"] > 1e-3 and two["feat"] == pytest.approx(3 * one["feat"].item(), rel=1e-5)
+    assert one["itc"] > 1e-3 and two["itc"] == pytest.approx(2 * one["itc"].item(), rel=1e-5)
+    assert "feat" not in none and none["mask"] == one["mask"] == two["mask"]
+    refused("MODEL.LOSS.DISTILL.FEAT_ALIGN 1.0", "--distill-feat")
+    refused("LOSS.DISTILL.ITC_WEIGHT 0.1", "--distill-itc")
+
+
+def test_original_option_of_masked_attention(world):
+    (held, given), (free, none) = losses(world, "A"), losses(world, "A", "--no-masked-attn")
+    assert given.tolist() == [1, 1] and none is None and held["mask"] != free["mask"]
+    refused("--model.network.masked_attn_enabled False", "--no-masked-attn")
+
+
+CALIBRATIONS = [["--ov-temp", "2"], ["--ov-temp", "1,3"], ["--ov-temp", "auto"], ["--ov-bias", "2"],
+                ["--ov-reject", "1e9"], ["--ov-reject", "auto"], ["--ov-alpha", "0"], ["--ov-beta", "0"],
+                ["--ov-pool", "value"], ["--ov-pool", "mean"], ["--ov-class-bias", "auto"],
+                ["--ov-class-bias", "FILE"]]
+
+
+@pytest.mark.parametrize("argv", CALIBRATIONS, ids=" ".join)
+def test_calibration_option_changes_the_classes(world, tmp_path, argv):
+    """Against the default: every option moves probabilities, none makes them infinite."""
+    if argv[1] == "FILE":
+        argv = [argv[0], tmp_path / "bias.json"]
+        argv[1].write_text(json.dumps([3.0] + [0.0] * 132))
+    images = torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image, _, _ in scenes()])
+    found = []
+    for more in ([], argv):
+        args = evaluation.parser().parse_args(["--ckpt", str(world.ckpt), *map(str, more)])
+        model = evaluation.load_model(args)
+        task, root = evaluation.open_task(model, args)
+        evaluation.open_options(model, data.SegmentDataset(root, task, "val"), args)
+        with torch.no_grad():
+            found.append(model(images)[-1].classes)
+    assert found[1].isfinite().all() and (found[0] - found[1]).abs().max() > 1e-3
+    if argv[1] == "1e9":
+        assert (found[1].argmax(-1) == 133).all()  # nothing is energetic enough: all void
+    if "bias.json" in str(argv[1]):
+        gain = (found[1] - found[0])[..., 0] - (found[1] - found[0])[..., 1]
+        torch.testing.assert_close(gain, torch.full_like(gain, 3.0), atol=1e-3, rtol=0)  # of person alone
+
+
+def test_class_bias_of_other_length(world, tmp_path):
+    (tmp_path / "bias.json").write_text("[1, 2]")
+    with pytest.raises(ValueError, match="not a JSON list of 133 numbers"):
+        eval_here("--ckpt", world.ckpt, "--ov-class-bias", tmp_path / "bias.json")
+
+
+@pytest.mark.parametrize("swept", ["ov-alpha=0,1", "ov-beta=0,1", "ov-temp=0.1,5", "ov-reject=-1e9,1e9"])
+def test_sweep_of_every_option(world, capsys, swept):
+    flag, values = swept.split("=")
+    eval_here("--ckpt", world.ckpt, "--sweep", swept)
+    rows = re.findall(rf"^{flag} (\S+): PQ_all ([\d.]+)", capsys.readouterr().out, re.M)
+    assert [float(row[0]) for row in rows] == [float(value) for value in values.split(",")]
+    for value, quality in rows:
+        assert float(quality) == round(eval_here("--ckpt", world.ckpt, f"--{flag}={value}").numbers["PQ"], 2)
+    assert flag != "ov-reject" or float(rows[0][1]) > float(rows[1][1]) == 0
+
+
+def test_wandb_options_reach_wandb(world, monkeypatch, tmp_path):
+    calls, run = {}, SimpleNamespace(watch=lambda *a, **k: calls.update(watch=k), log=lambda *a, **k: None,
+                                     finish=lambda code: None)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **k: calls.update(k) or run))
+    given = dict(project="p", name="n", group="g", notes="some words", mode="offline", resume="never")
+    flags = [part for key, value in given.items() for part in (f"--wandb-{key}", value)]
+    train_here("--stage", "A", "--task", "coco_panoptic", "--data", world.root / "coco", "--init", world.ckpt,
+               "--steps", 1, "--batch-size", 2, "--out", tmp_path / "run", "--wandb", "--wandb-tags", "a,b",
+               "--wandb-watch", *flags)
+    assert calls.items() >= given.items() and calls["tags"] == ["a", "b"] and "watch" in calls
+    assert calls["config"]["split"] == "ovp_val" and calls["config"]["train_images"] == 96
+
+
+# ---- stages ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("stage", "ABC")
+def test_dry_run_counts_are_those_of_the_built_model(world, stage, capsys):
+    argv = ["--quick", "--stage", stage, "--task", "coco_panoptic", "--split", "ovp_val", "--dry-run"]
+    cfg, origin = train.parse([*argv, "--lora-last-n", "3"])
+    assert train.run(cfg, origin) == 0
+    said = re.search(r"parameters: ([\d,]+) trained, ([\d,]+) frozen", capsys.readouterr().out).groups()
+    cfg, model = made(world, stage, "--lora-last-n", 3)
+    trainer = train.Trainer(cfg, model, torch.device("cpu"))
+    trained = sum(p.numel() for group in trainer.optimizer.param_groups for p in group["params"])
+    every = sum(p.numel() for p in model.parameters())
+    assert [int(text.replace(",", "")) for text in said] == [trained, every - trained]
+
+
+def test_later_stage_inherits(world, tmp_path, capsys):
+    """Without flags: encoder, templates and policy of Stage A; other templates are refused."""
+    begin = ["--quick", "--stage", "B", "--task", "coco_panoptic", "--data", world.root / "coco", "--init"]
+
+    def inherited(*argv):
+        cfg, origin = train.parse([*map(str, begin), str(world.ckpt), "--dry-run", *argv])
+        assert train.run(cfg, origin) == 0
+        return cfg
+
+    config, state, meta = eomt.read(world.ckpt)
+    model = eomt.build(config)
+    eomt.fill(model, state, world.ckpt)
+    eomt.save(tmp_path / "drop.safetensors", model, **meta | dict(split_policy="drop", encoder="siglip2_toy"))
+    cfg = inherited()
+    assert (cfg.templates, cfg.split_policy, cfg.split) == ("plain", "void", "ovp_val")
+    cfg, origin = train.parse([*map(str, begin), str(tmp_path / "drop.safetensors"), "--dry-run"])
+    assert train.run(cfg, origin) == 0 and cfg.split_policy == "drop"
+    assert inherited("--split-policy", "drop").split_policy == "drop"
+    for flag, value in (("--templates", "vild14"), ("--encoder", "siglip2_base"), ("--languages", "zh")):
+        with pytest.raises(ValueError, match=f"{flag} {value}: .* has .*; leave it out"):
+            inherited(flag, value)
+
+
+def test_stage_without_class_head(world):
+    """--no-load-class-head: the trained classifier starts anew, everything else is Stage A's."""
+    heads = []
+    for argv in ([], ["--no-load-class-head"]):
+        cfg, origin = train.parse(["--quick", "--stage", "B", "--task", "coco_panoptic", "--init",
+                                   str(world.ckpt), *argv])
+        begin = train.read_start(cfg)
+        train.inherit(cfg, origin, begin, vocab.COCO_PANOPTIC)
+        heads.append(train.make_open(cfg, vocab.COCO_PANOPTIC, begin))
+    old, new = heads
+    assert torch.equal(old.q.weight, new.q.weight) and torch.equal(old.class_head.rows, new.class_head.rows)
+    assert not torch.equal(old.class_head.mlp[0].weight, new.class_head.mlp[0].weight)
+    refused("--model.load_ckpt_class_head False", "--no-load-class-head")
+
+
+def test_own_classes_then_prompts(world, photo, tmp_path):
+    """A stage on a user's own COCO file: its words are seen ones when they come back as prompts."""
+    data.write_shapes(tmp_path / "own", vocab.SHAPES, 8, 2, seed=3)
+    names = ("apple", "pear", "mug", "fork", "spoon", "lawn", "sky", "sand")
+    own = vocab.Vocabulary("own", names, range(1, 9), vocab.SHAPES.thing)
+    rename(tmp_path / "own", own, names)
+    train_here("--stage", "A", "--task", "auto", "--split", "", "--data", tmp_path / "own", "--steps", 1,
+               "--encoder-weights", world.root / "tower", "--batch-size", 2, "--out", tmp_path / "run")
+    model = eomt.load(tmp_path / "run")
+    assert model.meta["names"] == list(names)
+    args = SimpleNamespace(ckpt="x", prompts="apple, zebra; stuff: lawn", background="none", text_weights="",
+                           tokenizer="")
+    predict.set_prompts(model, args)
+    assert model.class_head.seen.tolist() == [True, False, True]
+    result = eval_here("--ckpt", tmp_path / "run", "--task", "ade20k_semantic", "--data", world.root / "ade")
+    assert result.images == 6
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="real samples are not here")
+def test_real_coco_sample(world, tmp_path, capsys):
+    """Stage A, B, evaluation and prompts on real photos with all 133 classes."""
+    coco, small = SHARED / "coco", ["--steps", 1, "--batch-size", 2, "--num-queries", 6]
+    train_here("--stage", "A", "--task", "coco_panoptic", "--split", "ovp_val", "--data", coco,
+               "--encoder-weights", world.root / "tower", *small, "--out", tmp_path / "A")
+    rows = train_here("--stage", "B", "--task", "coco_panoptic", "--data", coco, *small[:4], "--init",
+                      tmp_path / "A", "--out", tmp_path / "B")
+    assert np.isfinite(rows[0]["loss"]) and rows[0]["feat"] == pytest.approx(0, abs=1e-6)
+    counts = data.SegmentDataset(coco, "coco_panoptic", "train").class_counts()
+    meta = eomt.read(tmp_path / "B")[2]
+    assert meta["counts"] == counts.tolist() and len(meta["seen"]) == 96 and meta["stage"] == "B"
+    result = eval_here("--ckpt", tmp_path / "B", "--split", "ovp_val", "--ov-class-bias", "auto")
+    assert result.images == 28 and {"PQ_seen", "PQ_unseen", "hPQ"} <= result.numbers.keys()
+    with zipfile.ZipFile(coco / "val2017.zip") as file:
+        (tmp_path / "street.jpg").write_bytes(file.read(file.namelist()[-1]))
+    predict_here(tmp_path / "street.jpg", "--ckpt", tmp_path / "B", "--out", tmp_path / "out",
+                 "--prompts", "red car, zebra|zebras; stuff: grass")
+    image, = json.loads((tmp_path / "out" / "predictions.json").read_text())["annotations"]
+    assert {row["name"] for row in image["segments_info"]} <= {"red car", "zebra", "grass"}
