@@ -378,6 +378,7 @@ TASKS = {task.name: task for task in (
     Task("coco_panoptic", vocab.COCO_PANOPTIC, "panoptic", "coco_panoptic"),
     Task("coco_instance", vocab.COCO_INSTANCE, "instance", "coco_instance"),
     Task("ade20k_panoptic", vocab.ADE20K, "panoptic", "ade20k_panoptic", epochs=31, color_jitter=True),
+    Task("ade20k_instance", vocab.ADE20K_INSTANCE, "instance", "ade20k_panoptic", 200, 31, color_jitter=True),
     Task("ade20k_semantic", vocab.ADE20K, "semantic", "ade20k", 100, 31, 512, (0.5, 2.0), True),
     Task("cityscapes_semantic", vocab.CITYSCAPES, "semantic", "cityscapes", 100, 107, 1024, (0.5, 2.0), True),
     Task("shapes", vocab.SHAPES, "panoptic", "coco_panoptic", 16, 20, 64, (0.8, 1.25)),
@@ -660,11 +661,12 @@ class _Coco:
         self.image_ids, self.hw, self.names = (self.table[k] for k in ("image_id", "hw", "image_name"))
         self.images, prefix = mount(root, [f"{split}2017", f"images/{split}2017", f"images/{split}", split])
         self.members = self.images.locate([prefix + n.decode() for n in self.names], self.problems)
-        row = {c: k for k, c in enumerate(task.vocabulary.ids)}
-        categories = self.table["category"].tolist()
-        for c in sorted(set(categories) - set(row)):
-            self.problems.append(f"{self.reader.label}!{self.stem}.json: category {c} is not in the table "
-                                 f"{task.vocabulary.name}; choose another --task, or fix this file")
+        words, table, categories = task.vocabulary, self.table, self.table["category"].tolist()
+        row, known = {c: k for k, c in enumerate(words.ids)}, set(zip(words.ids, words.names, strict=True))
+        said = dict(zip(table["category_id"].tolist(), table["category_name"].tolist(), strict=True))
+        for c, name in sorted({(c, said.get(c, b"").decode()) for c in categories} - known):
+            self.problems.append(f"{self.reader.label}!{self.stem}.json: category {f'{c} {name}'.strip()} is "
+                                 f"not in the table {words.name}; choose another --task, or fix this file")
         self.row = np.array([row.get(c, -1) for c in categories], np.int16)  # (S,) class index
 
     def labels(self):
@@ -808,7 +810,7 @@ class LabelPairs:
 class AdePanoptic(LabelPairs):
     """ADE20K panoptic: stuff from the label PNGs, things from annotations_instance (R = class, G = number).
 
-    In training things lie in a layer over the stuff; in evaluation (`crowd`) they replace it, for PQ.
+    Training: things over stuff, in their own layer; evaluation (`crowd`): in its place. Instance: no stuff.
     """
 
     def __init__(self, root, task, split):
@@ -818,6 +820,7 @@ class AdePanoptic(LabelPairs):
         self.things, prefix = mount(root, [folder, f"{ADE}/{folder}"], archives)
         self.thing_members = self.things.locate([f"{prefix}{s}.png" for s in self.stems], self.problems)
         self.thing_rows = np.flatnonzero(task.vocabulary.thing)
+        self.slot[(self.slot < 0) & (task.kind == "instance")] = 0
 
     def target(self, i: int, crowd: bool) -> Target:
         stuff = self._classes(i)  # (H, W)
@@ -1368,8 +1371,7 @@ def _annotate(index, segments, vocabulary, image_id, rng):
         infos.append({"id": int(ids[t]), "category_id": vocabulary.ids[k], "iscrowd": crowd,
                       "area": int(mask.sum()), "bbox": box})
         if vocabulary.thing[k]:
-            flat = mask.T.ravel()
-            ends = np.flatnonzero(np.diff(flat, prepend=False, append=not flat[-1]))
+            ends = np.flatnonzero(np.diff(mask.T.ravel(), prepend=False, append=not mask[-1, -1]))
             outline = {"size": list(mask.shape), "counts": np.diff(ends, prepend=0).tolist()}
             instances.append({**infos[-1], "id": image_id * 100 + t, "image_id": image_id,
                               "segmentation": outline})
@@ -1428,8 +1430,7 @@ def write_shapes(root: str | Path, vocabulary: Vocabulary, train: int = 2000, va
 def check(root: str | Path, task: Task | str = "auto", split: str = "val", decode: bool = False) -> list[str]:
     """Everything wrong with one split, one line each; `decode` also reads every picture and mask."""
     try:
-        task = find_task(root, task)
-        problems = open_source(root, task, split).problems
+        problems = open_source(root, find_task(root, task), split).problems
         if problems or not decode:
             return problems
         dataset = SegmentDataset(root, task, split)

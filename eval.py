@@ -18,7 +18,7 @@ import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -51,14 +51,14 @@ SHOWN = {
     "mIoU": ("mIoU", "mIoU_upstream", "pixel_accuracy"),
     "AP": ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"),
 }
-
-
 OPEN = ("PQ_all", "PQ_th", "PQ_st", "PQ_seen", "PQ_unseen", "PQ_unseen_th", "PQ_unseen_st", "hPQ", "SQ", "RQ")
+PARTS = ("mIoU_seen", "mIoU_unseen", "AP_seen", "AP_unseen")
 
 
 def line(result: Result) -> str:
     """The one line an evaluation ends with."""
     shown = OPEN if "hPQ" in result.numbers else SHOWN[result.headline]
+    shown += tuple(key for key in PARTS if key in result.numbers)
     text = " ".join(f"{key} {result.numbers[key]:.2f}" for key in shown)
     return f"{text} images {result.images} in {result.seconds:.1f} s" + " (partial)" * result.partial
 
@@ -138,7 +138,17 @@ def split_groups(meta) -> dict[str, list[int]]:
 
 
 def harmonic(a: float, b: float) -> float:
-    return 2 * a * b / (a + b) if a + b > 0 else 0.0
+    return 2 * a * b / (a + b) if a + b else 0.0  # nan where a group has no class
+
+
+def split_means(result: Result, meta) -> dict[str, float]:
+    """mIoU or AP over the seen and the unseen classes that occur; {} for PQ, which has its own groups."""
+    values, means = dict(result.per_class), {}
+    for name, members in split_groups(meta).items():
+        if (key := f"{result.headline}_{name}") in PARTS:
+            real = [value for k in members if (value := values[meta["names"][k]]) >= 0]
+            means[key] = sum(real) / len(real) if real else float("nan")
+    return means
 
 
 def evaluate(model, dataset, rank=0, world=1, workers=0, limit=0, masked=False, exports=()) -> Result:
@@ -350,9 +360,7 @@ def gathered(rows: list, rank: int, world: int) -> list:
     if world > 1:
         parts = [None] * world
         dist.all_gather_object(parts, rows)
-    return (
-        sorted((row for part in parts for row in part), key=lambda row: row["image_id"]) if rank == 0 else []
-    )
+    return sorted(sum(parts, []), key=lambda row: row["image_id"]) if rank == 0 else []
 
 
 class PanopticExport:
@@ -366,10 +374,8 @@ class PanopticExport:
         ids, name = result.ids.cpu().numpy(), Path(sample.name).stem + ".png"
         data.write_ids(ids, self.folder / name)
         areas = np.bincount(ids.ravel(), minlength=len(result.labels) + 1)
-        segments = [
-            dict(id=s + 1, category_id=self.ids[label], area=int(areas[s + 1]))
-            for s, label in enumerate(result.labels.tolist())
-        ]
+        segments = [dict(id=s + 1, category_id=self.ids[label], area=int(areas[s + 1]))
+                    for s, label in enumerate(result.labels.tolist())]
         self.rows.append(dict(image_id=sample.image_id, file_name=name, segments_info=segments))
 
     def close(self, rank, world):
@@ -386,17 +392,10 @@ class InstanceExport:
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, result, sample):
-        for mask, label, score in zip(
-            result.masks.cpu().numpy(), result.labels.tolist(), result.scores.tolist(), strict=True
-        ):
-            self.rows.append(
-                dict(
-                    image_id=sample.image_id,
-                    category_id=self.ids[label],
-                    score=score,
-                    segmentation=metrics.rle_encode(mask),
-                )
-            )
+        columns = result.masks.cpu().numpy(), result.labels.tolist(), result.scores.tolist()
+        self.rows += [dict(image_id=sample.image_id, category_id=self.ids[label], score=score,
+                           segmentation=metrics.rle_encode(mask))
+                      for mask, label, score in zip(*columns, strict=True)]
 
     def close(self, rank, world):
         rows = gathered(self.rows, rank, world)
@@ -432,22 +431,16 @@ OV_OPTIONS = (("pool", str, "map, value or mean"), ("alpha", float, "region weig
 # ---- Command line ------------------------------------------------------------------------------------------
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    top.add_argument(
-        "--ckpt", required=True, help="run folder (best, else newest), step folder, file or HF name"
-    )
+    top.add_argument("--ckpt", required=True, help="run folder (best, else newest), step folder or file")
     top.add_argument("--base", default="", help="DINOv3 encoder that a delta checkpoint is added to")
     top.add_argument("--data", default="", help="data folder; default: the one the run was trained on")
     top.add_argument("--task", default="", help=f"{', '.join(data.TASKS)}; default: the checkpoint's")
     top.add_argument("--size", type=int, default=0, help="network input side; default: the checkpoint's")
-    top.add_argument(
-        "--masked-attn", action="store_true", help="masked attention as in training (an ablation)"
-    )
+    top.add_argument("--masked-attn", action="store_true", help="masked attention as in training")
     top.add_argument("--limit", type=int, default=0, help="only this many images; the line then says partial")
     top.add_argument("--workers", type=int, default=2, help="data processes a rank")
     top.add_argument("--save-panoptic", default="", metavar="DIR", help="write COCO's panoptic submission")
-    top.add_argument(
-        "--save-instance", default="", metavar="FILE", help="write COCO's instance results (RLE)"
-    )
+    top.add_argument("--save-instance", default="", metavar="FILE", help="write COCO's instance results")
     top.add_argument("--save-semantic", default="", metavar="DIR", help="write label PNGs")
     top.add_argument("--split", default="", help="unseen classes: " + ", ".join(vocab.SPLITS) + ", a file")
     top.add_argument("--gt-masks", action="store_true", help="only name regions of true masks")
@@ -455,12 +448,27 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--text-weights", default="", help="SigLIP 2 with the text tower, for other classes")
     top.add_argument("--tokenizer", default="", help="its tokenizer; default: in its folder")
     top.add_argument("--templates", default="", help=", ".join(vocab.TEMPLATES) + "; default: training's")
+    top.add_argument("--languages", default="", help="of class names: en, zh or en,zh; default: training's")
     for name, kind, what in OV_OPTIONS:
         top.add_argument(f"--ov-{name}", type=kind, default=None, help=f"{what}; default: the checkpoint's")
     top.add_argument("--out", default="", help="write the numbers as JSON to this file")
     top.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return top
+
+
+ORIGINAL = {"--model.ckpt_path": "--ckpt", "--data.path": "--data", "OPEN_VOCAB_SPLIT": "--split",
+            "--model.network.masked_attn_enabled": "--masked-attn, without a value", "OUTPUT_DIR": "--out",
+            "OPEN_VOCAB.TEMP": "--ov-temp", "OPEN_VOCAB.CALIBRATION_BIAS": "--ov-bias",
+            "OPEN_VOCAB.ENERGY_REJECT_THR": "--ov-reject", "OPEN_VOCAB.MULTILINGUAL": "--languages en,zh"}
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The options; the original recipe's words are answered with ours."""
+    for word in argv:
+        if flag := ORIGINAL.get(word.split("=")[0].removeprefix("MODEL.")):
+            raise ValueError(f"{word}: this is {flag} here; see --help")
+    return parser().parse_args(argv)
 
 
 def load_model(args) -> eomt.EoMT:
@@ -470,34 +478,37 @@ def load_model(args) -> eomt.EoMT:
     if not args.gt_masks or not any((folder / name).exists() for name in names):
         return eomt.load(args.ckpt, args.device, args.base or None)
     words = data.find_task(args.data, args.task or "auto").vocabulary
-    texts = vocab.prompts(words, templates=args.templates or "default")
+    said = dict(languages=args.languages or "en", template=args.templates or "default")
+    texts = vocab.prompts(words, said["languages"].split(","), said["template"])
     text = siglip2.text_rows(args.text_weights or folder, args.tokenizer, texts)
     tower = siglip2.load(folder, "vision")
     count = len(words.names)
     head = siglip2.OpenVocabHead(tower.width, *text[:2], [True] * count, *text[2:])
     model = eomt.OpenVocabEoMT(tower, head, 1, 1)
     model.meta = dict(size=tower.config["grid"] * tower.patch, text=str(folder), names=list(words.names),
-                      seen=list(range(count)), trained=[words.name, list(range(count))], languages="en")
+                      seen=list(range(count)), trained=[asdict(words), list(range(count))],
+                      **said)
     return model.to(args.device).eval()
 
 
 def open_words(model, words, args) -> None:
     """The vocabulary and its seen classes: another task's names take the place of the trained ones."""
-    meta = model.meta
-    if list(words.names) != list(meta["names"]):
-        name, indices = meta["trained"]
-        seen, unseen = vocab.overlap(vocab.VOCABULARIES[name], words, indices)
-        texts = vocab.prompts(words, meta["languages"].split(","), args.templates or meta["template"])
-        model.set_classes(words.names, words.thing, texts, [k in seen for k in range(len(words.names))],
+    meta, every = model.meta, range(len(words.names))
+    if other := list(words.names) != list(meta["names"]):  # what was fitted to the trained classes is left
+        trained, indices = meta["trained"]
+        seen, unseen = vocab.overlap(vocab.Vocabulary(**trained), words, indices)
+        meta |= dict(seen=list(seen), unseen=list(unseen), counts=[], ov=meta["ov"] | dict(ov_class_bias=""))
+    wanted = dict(languages=args.languages or meta["languages"], template=args.templates or meta["template"])
+    if other or any(meta[key] != value for key, value in wanted.items()):
+        texts = vocab.prompts(words, wanted["languages"].split(","), wanted["template"])
+        model.set_classes(words.names, words.thing, texts, [k in meta["seen"] for k in every],
                           args.text_weights, args.tokenizer, data.cache_dir() / "text_rows.safetensors")
-        meta |= dict(seen=list(seen), unseen=list(unseen), counts=[])
+        meta |= wanted
     if args.split:
         seen, unseen = vocab.split(words, args.split)
-        trained = [words.names[k] for k in unseen if model.class_head.seen[k]]
-        if trained:
-            few = ", ".join(trained[:5])
-            text = f"{len(trained)} unseen classes of {args.split} were trained on: {few}"
-            print(f"notice: {text}", file=sys.stderr)
+        if trained := [words.names[k] for k in unseen if model.class_head.seen[k]]:
+            print(f"notice: {len(trained)} unseen classes of {args.split} were trained on: "
+                  f"{', '.join(trained[:5])}", file=sys.stderr)
         meta |= dict(seen=list(seen), unseen=list(unseen))
 
 
@@ -573,6 +584,7 @@ def run(args) -> Result:
     result = evaluate(model, dataset, rank, world, args.workers, args.limit, args.masked_attn, exports)
     for export in exports:
         export.close(rank, world)
+    result.numbers |= split_means(result, model.meta)
     if rank == 0:
         print(line(result))
         if args.out:
@@ -583,11 +595,10 @@ def run(args) -> Result:
 
 
 def main():
-    args = parser().parse_args()
     try:
-        run(args)
+        run(parse(sys.argv[1:]))
     except (ValueError, OSError, RuntimeError) as error:
-        if args.debug:
+        if "--debug" in sys.argv:
             raise
         print(f"error: {data.one_line(error)}", file=sys.stderr)
         sys.exit(1)

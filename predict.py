@@ -206,6 +206,14 @@ def export(model, path: Path) -> float | None:
 # ------------------------------------------------------------------------------------------------------------
 # Open vocabulary
 # ------------------------------------------------------------------------------------------------------------
+def set_words(model, words, texts, args):
+    """A vocabulary and its texts become the classes; those that share a word with a trained one are seen."""
+    trained, indices = model.meta["trained"]
+    seen, _ = vocab.overlap(vocab.Vocabulary(**trained), words, indices)
+    model.set_classes(words.names, words.thing, texts, [k in seen for k in range(len(words.names))],
+                      args.text_weights, args.tokenizer, data.cache_dir() / "text_rows.safetensors")
+
+
 def set_prompts(model, args):
     """The user's words become the classes; distractor words after them take what is none of these."""
     if "open" not in model.config:
@@ -215,12 +223,9 @@ def set_prompts(model, args):
     rest = vocab.background(args.background, words)
     both = vocab.Vocabulary("prompts", words.names + rest.names, range(1, len(words.names + rest.names) + 1),
                             words.thing + rest.thing, words.synonyms + rest.synonyms)
-    name, indices = meta["trained"]
-    seen, _ = vocab.overlap(vocab.VOCABULARIES[name], both, indices)
     texts = vocab.prompts(words, vocab.LANGUAGES, meta["template"])
     texts += vocab.prompts(rest, meta["languages"].split(","), meta["template"])
-    model.set_classes(both.names, both.thing, texts, [k in seen for k in range(len(both.names))],
-                      args.text_weights, args.tokenizer, data.cache_dir() / "text_rows.safetensors")
+    set_words(model, both, texts, args)
     meta |= dict(kind="panoptic", shown=len(words.names))
 
 
@@ -311,12 +316,21 @@ def parser():
     return top
 
 
+def set_task(model, args):
+    """Kind and class names of --task; files of other projects do not say what they were trained on."""
+    if not args.task and "kind" in model.meta:
+        return
+    task = data.TASKS.get(args.task) or data.fit_task(model.config["num_classes"], args.ckpt)
+    words, meta = task.vocabulary, model.meta
+    if "open" in model.config and list(words.names) != list(meta["names"]):
+        texts = vocab.prompts(words, meta["languages"].split(","), meta["template"])
+        set_words(model, words, texts, args)
+    meta |= dict(kind=task.kind, names=words.names, ids=words.ids, thing=words.thing)
+
+
 def run(args):
     model = eomt.load(args.ckpt, args.device, args.base or None)
-    if args.task or "kind" not in model.meta:  # files of other projects do not say what they were trained on
-        task = data.TASKS.get(args.task) or data.fit_task(model.config["num_classes"], args.ckpt)
-        words = task.vocabulary
-        model.meta |= dict(kind=task.kind, names=words.names, ids=words.ids, thing=words.thing)
+    set_task(model, args)
     if args.prompts is not None:
         set_prompts(model, args)
     if args.size % model.encoder.patch:

@@ -202,12 +202,13 @@ def load(path: str | Path, part: str, heads: int | None = None) -> VisionTower |
     unexpected tensors, FileNotFoundError the files that are not there.
     """
     final, others, names = PARTS[part]
-    found = {key.removeprefix(f"{part}_model."): value  # a bare vision file has no prefix
-             for file in _files(Path(path)) for key, value in _read(file, others).items()}
+    found, said = {}, {}
+    for tensors, header in (_read(file, others) for file in _files(Path(path))):
+        said |= header
+        found |= {key.removeprefix(f"{part}_model."): value for key, value in tensors.items()}  # bare or not
     keys = [_foreign(name, final)[0] for name in ("positions", "blocks.0.mlp.fc1.weight", *names)]
     _check_keys(path, part, [key for key in keys if key not in found], [])
     positions, fc1, first, *last = (found[key] for key in keys)
-    said = _header(_files(Path(path))[0])
     known = {width: nh for width, _, _, nh in SIZES.values()}.get(positions.shape[1])
     heads = heads or int(said.get("heads", 0)) or known
     if heads is None:
@@ -274,21 +275,14 @@ def _check_keys(path, part, missing, unexpected):
 
 
 def _read(file, skip=()):
-    """The tensors of a safetensors file, fp32, but for names that start with one of `skip`."""
+    """Tensors of a safetensors file, fp32, but those whose name starts with one of `skip`; its header."""
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(file, "pt") as tensors:
             keys = [key for key in tensors.keys() if not key.startswith(skip)]
-            return {key: tensors.get_tensor(key).float() for key in keys}
+            return {key: tensors.get_tensor(key).float() for key in keys}, tensors.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{file}: no safetensors file ({error}); delete it and get it again") from None
-
-
-def _header(file):
-    """What `save` says of the towers beside their weights."""
-    from safetensors import safe_open
-    with safe_open(file, "pt") as tensors:
-        return tensors.metadata() or {}
 
 
 def _files(path):
@@ -357,8 +351,10 @@ def embed_text(tower: TextTower, tokenizer: Tokenizer, prompts: list[list[list[s
     weights = hashlib.sha256()  # about 1 s per GB
     for name, value in tower.state_dict().items():
         weights.update(name.encode() + value.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    rows = _read(cache) if cache and Path(cache).is_file() else {}
+    rows = _read(cache)[0] if cache and Path(cache).is_file() else {}
     cached, picked = len(rows), []
+    if not prompts:
+        raise ValueError("prompts: no class; give at least one")
     for k, synonyms in enumerate(prompts):
         if not synonyms or not all(synonyms):
             raise ValueError(f"prompts: class {k} has no synonym or one without prompts; give one")

@@ -219,14 +219,19 @@ def quick_row(stage: str) -> dict:
     return QUICK_OPEN | (QUICK_LORA if stage != "A" else {}) | dict(out=f"runs/quick-{stage}", size=TOY_SIDE)
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults after every phrase, and the table at the end line by line."""
+
+
 def numbers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(",") if part)
 
 
 def parser() -> argparse.ArgumentParser:
     """One flag per Config field: --some-name (or --some_name), --x / --no-x, lists with commas."""
+    rows = [f"  {word:<40}{flag}" for word, flag in SEED_WORDS.items() if f"MODEL.{word}" not in SEED_WORDS]
     top = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                  formatter_class=Help, epilog="\n".join(["original recipe -> here:", *rows]))
     for field in dataclasses.fields(Config):
         flag, kind, phrase = f"--{field.name.replace('_', '-')}", field.type, field.metadata["help"]
         if kind is bool:
@@ -331,9 +336,11 @@ def inherit(cfg: Config, origin: dict, start, vocabulary):
     """What a later stage takes over from the checkpoint it starts from, where no flag says otherwise."""
     config, _, meta = start
     kept = dict(config["open"], num_queries=config["num_queries"], num_blocks=config["num_blocks"],
-                split=meta["split"], size=meta["size"], languages=meta["languages"])
+                size=meta["size"], templates=meta["template"],
+                **{key: meta[key] for key in ("encoder", "split", "split_policy", "languages")})
+    free = ("size", "split_policy")  # another stage may have its own
     for key in set(kept) & set(vars(cfg)) - {"fuse_last"}:
-        if origin.get(key) == "flag" and getattr(cfg, key) != kept[key] and key != "size":
+        if origin.get(key) == "flag" and getattr(cfg, key) != kept[key] and key not in free:
             raise ValueError(f"--{key.replace('_', '-')} {getattr(cfg, key)}: {cfg.init or cfg.out} has "
                              f"{kept[key]}; leave it out, or train Stage A anew")
         if origin.get(key) != "flag" and getattr(cfg, key) != kept[key]:
@@ -362,7 +369,7 @@ def make_tower(cfg: Config) -> siglip2.VisionTower:
 
 def make_text(cfg: Config, vocabulary, width: int):
     """Text rows (R,C), owner (R,), logit scale and bias: from the text tower, used once and freed."""
-    if cfg.dry_run or cfg.encoder_weights == "random":
+    if cfg.dry_run or cfg.encoder_weights == "random" and not cfg.text_weights:
         count = len(vocabulary.names)
         return torch.randn(count, width), torch.arange(count), torch.tensor([4.7]), torch.tensor([-16.0])
     words = vocab.prompts(vocabulary, cfg.languages.split(","), cfg.templates)
@@ -397,15 +404,16 @@ def make_open(cfg: Config, vocabulary, start) -> eomt.OpenVocabEoMT:
     if cfg.query_init != "learnable":
         model.centres.copy_(siglip2.centres(rows[head.seen_rows], cfg.num_queries))
     if start:
-        load_stage(model, state, cfg.init or cfg.out)
+        load_stage(model, state, cfg.init or cfg.out, () if cfg.load_class_head else ("class_head.",))
     freeze(model, cfg, state if start else {})
     return model
 
 
-def load_stage(model: eomt.OpenVocabEoMT, state: dict, path):
+def load_stage(model: eomt.OpenVocabEoMT, state: dict, path, skip: tuple[str, ...]):
     """An earlier stage's weights but for its adapters; layers fused from now on start at 0."""
     plain = {k.replace(".base.", "."): value for k, value in state.items() if not k.endswith((".A", ".B"))}
-    eomt.fill(model, plain, path, skip=() if "fuse" in plain and model.fuse is not None else ("fuse",))
+    skip += () if "fuse" in plain and model.fuse is not None else ("fuse",)
+    eomt.fill(model, plain, path, skip=skip)
 
 
 def freeze(model: eomt.OpenVocabEoMT, cfg: Config, state: dict):
@@ -1103,8 +1111,9 @@ def pretrain_toy(folder: str | Path, vocabulary, steps: int = 2000, seed: int = 
 
 
 # ---- The run -----------------------------------------------------------------------------------------------
-IMAGES = dict(coco_panoptic=118287, coco_instance=118287, ade20k_panoptic=20210, ade20k_semantic=20210,
-              cityscapes_semantic=2975)  # training images of the official sets, for --dry-run without data
+IMAGES = dict.fromkeys(("coco_panoptic", "coco_instance"), 118287) | dict(cityscapes_semantic=2975)
+IMAGES |= dict.fromkeys((f"ade20k_{kind}" for kind in ("panoptic", "instance", "semantic")), 20210)
+# training images of the official sets, for --dry-run without data
 
 
 def open_data(cfg: Config, rank: int) -> dict[str, data.SegmentDataset]:
@@ -1147,8 +1156,9 @@ def open_model(cfg: Config, task, rank: int, sets, begin) -> eomt.OpenVocabEoMT:
         text=text, tokenizer=cfg.tokenizer, template=cfg.templates, languages=cfg.languages,
         templates=list(vocab.TEMPLATES[cfg.templates]))
     model.meta = {key: kept[key] for key in ("text", "tokenizer", "template", "templates", "languages")}
-    model.meta |= dict(stage=cfg.stage, split=cfg.split, split_policy=cfg.split_policy, seen=list(seen),
-                       trained=[task.vocabulary.name, list(seen)], thresholds=evaluation.THRESHOLDS,
+    model.meta |= dict(stage=cfg.stage, encoder=cfg.encoder, split=cfg.split, split_policy=cfg.split_policy,
+                       trained=[dataclasses.asdict(task.vocabulary), list(seen)], seen=list(seen),
+                       thresholds=evaluation.THRESHOLDS,
                        ov={key: value for key, value in vars(cfg).items() if key.startswith("ov_")},
                        counts=sets["train"].class_counts().tolist() if sets else [])
     return model

@@ -372,6 +372,11 @@ ADE20K = _table("ade20k", """
 149 thing flag | 旗帜, 旗子
 """)
 
+# Its things are also its instance classes, in the order of annotations_instance's R = 1..100.
+_AT = [k for k, thing in enumerate(ADE20K.thing) if thing]
+ADE20K_INSTANCE = Vocabulary("ade20k_instance", *([column[k] for k in _AT] for column in (
+    ADE20K.names, ADE20K.ids, ADE20K.thing, ADE20K.synonyms)))
+
 # cityscapesScripts' labels with a train id: ids are labelIds, rows are in train-id order.
 CITYSCAPES = _table("cityscapes", """
 7 stuff road | 道路, 马路 | road, street
@@ -411,7 +416,8 @@ _THINGS = [f"{c} {s}" for c in ("red", "green", "blue", "yellow", "white")
 _STUFF = [f"{c} {p}" for c in ("gray", "brown", "teal") for p in ("stripes", "dots", "bricks")]
 SHAPES_OPEN = Vocabulary("shapes_open", _THINGS + _STUFF, range(1, 35), [True] * 25 + [False] * 9)
 
-VOCABULARIES = {v.name: v for v in (COCO_PANOPTIC, COCO_INSTANCE, ADE20K, CITYSCAPES, SHAPES, SHAPES_OPEN)}
+VOCABULARIES = {v.name: v for v in (COCO_PANOPTIC, COCO_INSTANCE, ADE20K, ADE20K_INSTANCE, CITYSCAPES, SHAPES,
+                                   SHAPES_OPEN)}
 
 
 def _words(mandarin):

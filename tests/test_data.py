@@ -684,6 +684,10 @@ def test_ade20k_panoptic(tmp_path, kind):
         8,
         4,
     ]  # in training they lie over it
+    alone = SegmentDataset(tmp_path, "ade20k_instance", "val")
+    things = alone[0].target
+    assert [alone.task.vocabulary.names[k] for k in things.labels] == ["bed", "bed", "window"]
+    assert torch.equal(things.masks(), target.masks()[2:]) and things.area.tolist() == [16, 8, 4]
 
 
 def test_cityscapes(tmp_path):

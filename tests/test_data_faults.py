@@ -280,6 +280,12 @@ def change_category(table):
     table["annotations"][0]["segments_info"][0]["category_id"] = 77
 
 
+def change_name(table):
+    """Ids as known, but other names: the wrong words would be trained without any other sign."""
+    used = table["annotations"][0]["segments_info"][0]["category_id"]
+    next(c for c in table["categories"] if c["id"] == used)["name"] = "banner"
+
+
 def change_zero(table):
     table["annotations"][0]["segments_info"][0]["id"] = 0
 
@@ -297,6 +303,7 @@ def change_same_id(table):
         (change_twice, ("image id 1 is annotated twice",)),
         (change_none, ("image id 2 has no annotation",)),
         (change_category, ("category 77 is not in the table shapes",)),
+        (change_name, (" banner is not in the table shapes; choose another --task",)),
         (change_zero, ("segment id 0 in image id 1",)),
         (change_same_id, ("twice in image id 1",)),
     ],

@@ -363,16 +363,18 @@ def linear(n, m):
     return n * m + m
 
 
+@pytest.mark.parametrize("name,width,hidden,depth,grid", [
+    ("large", 1024, 4096, 24, 32), ("base", 768, 3072, 12, 32), ("so400m", 1152, 4304, 27, 32),
+    ("giant", 1536, 6144, 40, 24)])
 @pytest.mark.parametrize(
     "stage,blocks,attn,ffn,fuse", [("A", 0, 0, 0, 0), ("B", 12, 16, 32, 0), ("C", 16, 16, 48, 2)]
 )
-def test_dry_run_counts(capsys, stage, blocks, attn, ffn, fuse):
+def test_dry_run_counts(capsys, stage, blocks, attn, ffn, fuse, name, width, hidden, depth, grid):
     """Right to the parameter, against sums over the layers written out here."""
-    cfg, origin = train.parse(["--stage", stage, "--encoder", "siglip2_large", "--dry-run"])
+    cfg, origin = train.parse(["--stage", stage, "--encoder", f"siglip2_{name}", "--dry-run"])
     assert train.run(cfg, origin) == 0
     found = re.search(r"parameters: ([\d,]+) trained, ([\d,]+) frozen", capsys.readouterr().out)
     trained, frozen = (int(text.replace(",", "")) for text in found.groups())
-    width, hidden = 1024, 4096
     block = (
         4 * width
         + linear(width, 3 * width)
@@ -388,7 +390,7 @@ def test_dry_run_counts(capsys, stage, blocks, attn, ffn, fuse):
         + linear(width, hidden)
         + linear(hidden, width)
     )
-    tower = linear(16 * 16 * 3, width) + 32 * 32 * width + 24 * block + 2 * width + pool
+    tower = linear(16 * 16 * 3, width) + grid * grid * width + depth * block + 2 * width + pool
     up = 2 * (4 * width * width + width + 9 * width + 2 * width)  # transposed 2x2, depthwise 3x3, norm
     heads = (
         200 * width
@@ -400,7 +402,7 @@ def test_dry_run_counts(capsys, stage, blocks, attn, ffn, fuse):
         + width
         + 1
     )
-    adapters = blocks * (attn * 3 * 2 * width + ffn * 2 * (width + hidden))
+    adapters = min(blocks, depth) * (attn * 3 * 2 * width + ffn * 2 * (width + hidden))
     assert (trained, frozen) == ((heads, tower) if stage == "A" else (adapters + fuse, tower + heads))
 
 

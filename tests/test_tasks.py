@@ -159,6 +159,7 @@ CASES = {
     "coco_panoptic": (coco_names, "panoptic"),
     "coco_instance": (coco_names, "instance"),
     "ade20k_panoptic": (lambda root: make_ade20k(root, things=True), "panoptic"),
+    "ade20k_instance": (lambda root: make_ade20k(root, things=True), "instance"),
     "ade20k_semantic": (make_ade20k, "semantic"),
     "cityscapes_semantic": (make_cityscapes, "semantic"),
 }
@@ -190,6 +191,10 @@ def check_export(kind, name, target, root):
     if kind == "panoptic":
         rows = json.loads(target.with_name("export.json").read_text())["annotations"]
         assert len(rows) == 3 and all(s["category_id"] in table.ids for r in rows for s in r["segments_info"])
+    elif name == "ade20k_instance":
+        rows = json.loads(target.read_text())
+        assert len({row["image_id"] for row in rows}) == 3
+        assert {row["category_id"] for row in rows} <= set(table.ids)
     elif kind == "instance":
         coco = pytest.importorskip("pycocotools.coco")
         with zipfile.ZipFile(root / "annotations_trainval2017.zip") as file:

@@ -10,11 +10,20 @@ from pathlib import Path
 import pytest
 
 import vocab
-from vocab import ADE20K, CITYSCAPES, COCO_INSTANCE, COCO_PANOPTIC, SHAPES, SHAPES_OPEN, Vocabulary
+from vocab import (
+    ADE20K,
+    ADE20K_INSTANCE,
+    CITYSCAPES,
+    COCO_INSTANCE,
+    COCO_PANOPTIC,
+    SHAPES,
+    SHAPES_OPEN,
+    Vocabulary,
+)
 
 CLASSES = Path(__file__).resolve().parents[2] / "shared" / "data" / "classes.json"
-ALL = (COCO_PANOPTIC, COCO_INSTANCE, ADE20K, CITYSCAPES, SHAPES, SHAPES_OPEN)
-TRANSLATED = (COCO_PANOPTIC, COCO_INSTANCE, ADE20K, CITYSCAPES)
+ALL = (COCO_PANOPTIC, COCO_INSTANCE, ADE20K, ADE20K_INSTANCE, CITYSCAPES, SHAPES, SHAPES_OPEN)
+TRANSLATED = ALL[:5]
 COCO_UNSEEN = {  # category ids as published
     "ovp_val": [5, 6, 17, 18, 21, 22, 25, 28, 32, 33, 34, 36, 41, 47, 49, 61, 63, 76, 81, 87, 92, 93, 95, 100,
                 107, 109, 130, 133, 144, 145, 148, 149, 184, 185, 187, 191, 193],
@@ -46,7 +55,7 @@ def error(function, *args):
 # ---------------------------------------------------------------- tables
 def test_tables_counts():
     sizes = [(len(v.names), sum(v.thing)) for v in ALL]
-    assert sizes == [(133, 80), (80, 80), (150, 100), (19, 8), (8, 5), (34, 25)]
+    assert sizes == [(133, 80), (80, 80), (150, 100), (100, 100), (19, 8), (8, 5), (34, 25)]
 
 
 @by_name(ALL)
@@ -76,6 +85,15 @@ def test_tables_anchors():
     assert CITYSCAPES.names[0] == "road" and CITYSCAPES.ids[0] == 7 and CITYSCAPES.ids[18] == 33
     assert not any(CITYSCAPES.thing[:11]) and all(CITYSCAPES.thing[11:])
     assert COCO_INSTANCE.ids[-1] == 90 and COCO_INSTANCE.synonyms == COCO_PANOPTIC.synonyms[:80]
+
+
+def test_tables_ade20k_instance():
+    """Row k is R = k + 1 of annotations_instance; ids are those of the 150 classes."""
+    table = vocab.ADE20K_INSTANCE
+    assert (table.names[0], table.names[99], table.ids[:3]) == ("bed", "flag", (7, 8, 10))
+    whole = [k for k, thing in enumerate(vocab.ADE20K.thing) if thing]
+    assert table.names == tuple(vocab.ADE20K.names[k] for k in whole)
+    assert table.synonyms == tuple(vocab.ADE20K.synonyms[k] for k in whole)
 
 
 def test_tables_shapes():
