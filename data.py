@@ -1216,6 +1216,20 @@ def one_line(error: BaseException) -> str:
     return text
 
 
+def command(work, argv: Sequence[str]):
+    """`work(argv)` of a script: a user's mistake ends in one line and exit code 1, or, with --debug, in a
+    traceback."""
+    try:
+        return work(argv)
+    except (ValueError, OSError, RuntimeError) as error:
+        if "--debug" in argv:
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
 def _alive(batches):
     """The batches of a DataLoader; what goes wrong in its workers ends in one line."""
     if not batches.num_workers:

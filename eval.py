@@ -1,7 +1,6 @@
 """A checkpoint and a data set to numbers: PQ, mIoU or mask AP, and exported predictions.
 
     python eval.py --ckpt runs/quick --data runs/shapes
-    python eval.py --ckpt coco_panoptic_eomt_large_640.bin --data /coco
     torchrun --nproc_per_node=4 eval.py --ckpt runs/x --data /coco --save-panoptic out/
     python eval.py --ckpt runs/ov/B --data /coco --split ovp_val --sweep ov-bias=0,0.5,1     # open vocabulary
     python eval.py --ckpt runs/ov/B --data /ade --task ade20k_panoptic                       # other classes
@@ -10,15 +9,16 @@
 Ranks share the images without padding and merge exact counts, so N processes print the digits of one.
 Evaluation never skips an image: the score is of the whole set, or there is none.
 """
-
 # SPDX-License-Identifier: MIT
 import argparse
+import itertools
 import json
 import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,19 +47,17 @@ class Result:
 
 
 SHOWN = {
-    "PQ": ("PQ", "PQ_th", "PQ_st", "SQ", "RQ"),
-    "mIoU": ("mIoU", "mIoU_upstream", "pixel_accuracy"),
-    "AP": ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"),
+    "PQ": "PQ PQ_th PQ_st SQ RQ",
+    "hPQ": "PQ_all PQ_th PQ_st PQ_seen PQ_unseen PQ_unseen_th PQ_unseen_st hPQ SQ RQ",
+    "mIoU": "mIoU mIoU_upstream pixel_accuracy mIoU_seen mIoU_unseen",
+    "AP": "AP AP50 AP75 AP_small AP_medium AP_large AP_seen AP_unseen",
 }
-OPEN = ("PQ_all", "PQ_th", "PQ_st", "PQ_seen", "PQ_unseen", "PQ_unseen_th", "PQ_unseen_st", "hPQ", "SQ", "RQ")
-PARTS = ("mIoU_seen", "mIoU_unseen", "AP_seen", "AP_unseen")
 
 
 def line(result: Result) -> str:
     """The one line an evaluation ends with."""
-    shown = OPEN if "hPQ" in result.numbers else SHOWN[result.headline]
-    shown += tuple(key for key in PARTS if key in result.numbers)
-    text = " ".join(f"{key} {result.numbers[key]:.2f}" for key in shown)
+    shown = SHOWN["hPQ" if "hPQ" in result.numbers else result.headline].split()
+    text = " ".join(f"{key} {result.numbers[key]:.2f}" for key in shown if key in result.numbers)
     return f"{text} images {result.images} in {result.seconds:.1f} s" + " (partial)" * result.partial
 
 
@@ -137,18 +135,20 @@ def split_groups(meta) -> dict[str, list[int]]:
     return dict(seen=list(seen), unseen=list(unseen), **parts)
 
 
-def harmonic(a: float, b: float) -> float:
-    return 2 * a * b / (a + b) if a + b else 0.0  # nan where a group has no class
-
-
-def split_means(result: Result, meta) -> dict[str, float]:
-    """mIoU or AP over the seen and the unseen classes that occur; {} for PQ, which has its own groups."""
-    values, means = dict(result.per_class), {}
-    for name, members in split_groups(meta).items():
-        if (key := f"{result.headline}_{name}") in PARTS:
-            real = [value for k in members if (value := values[meta["names"][k]]) >= 0]
-            means[key] = sum(real) / len(real) if real else float("nan")
-    return means
+def conclude(metric, meta, headline, column) -> tuple[dict, list]:
+    """Numbers by name and (class, number) rows, in percent, of a metric that all ranks' images are in."""
+    rows = [(meta["names"][row["class"]], percent(row[column])) for row in metric.per_class()]
+    groups = split_groups(meta)
+    numbers = metric.compute(groups) if groups and headline == "PQ" else metric.compute()
+    numbers = {key: percent(value) for key, value in numbers.items()}
+    if groups and headline == "PQ":
+        a, b = numbers["PQ_seen"], numbers["PQ_unseen"]  # nan where a group has no class
+        numbers |= {"PQ_all": numbers["PQ"], "hPQ": 2 * a * b / (a + b) if a + b else 0.0}
+    elif groups:
+        for name in ("seen", "unseen"):
+            real = [rows[k][1] for k in groups[name] if rows[k][1] >= 0]
+            numbers[f"{headline}_{name}"] = sum(real) / len(real) if real else float("nan")
+    return numbers, rows
 
 
 def evaluate(model, dataset, rank=0, world=1, workers=0, limit=0, masked=False, exports=()) -> Result:
@@ -157,42 +157,47 @@ def evaluate(model, dataset, rank=0, world=1, workers=0, limit=0, masked=False, 
     limit: only the first images (then `partial`); masked: masked attention as in training; exports: each is
     called with every (result, sample). Runs on the model's device; every rank gets the same Result.
     """
+    return evaluate_each(model, dataset, [lambda: None], rank, world, workers, limit, masked, exports)[0]
+
+
+def evaluate_each(model, dataset, turns, rank=0, world=1, workers=0, limit=0, masked=False,
+                  exports=()) -> list[Result]:
+    """A Result for each of `turns`: every batch is asked about as often, after a call of each."""
     began, meta, training = time.time(), model.meta, model.training
-    metric, add, headline, per_class = make_metric(meta)
+    kinds = [make_metric(meta) for _ in turns]
     model.eval()
     device = model.mean.device
     mask_prob = torch.ones(model.num_blocks, device=device) if masked else None
     images, batch = min(limit or len(dataset), len(dataset)), 8 if device.type == "cuda" else 1
 
-    def count(results, samples):
+    def count(kind, results, samples):
         for result, sample in zip(results, samples, strict=True):
-            add(metric, result, sample)
+            kind[1](kind[0], result, sample)
             for export in exports:
                 export(result, sample)
 
     # a thread counts one batch while the model is at the next: in order, at most two batches in memory
     bar = tqdm(total=images, unit="img", disable=rank > 0 or not sys.stderr.isatty())
     with bar, ThreadPoolExecutor(1) as thread:
-        counted = thread.submit(count, [], [])
+        counted = thread.submit(count, kinds[0], [], [])
         for samples in data.eval_loader(dataset, rank, world, workers, batch, limit or None):
             pictures = [sample.image for sample in samples]
-            results = eomt.segment(model, pictures, meta["kind"], mask_prob=mask_prob)
-            counted.result()
-            counted = thread.submit(count, results, samples)
+            for kind, turn in zip(kinds, turns, strict=True):
+                turn()
+                results = eomt.segment(model, pictures, meta["kind"], mask_prob=mask_prob)
+                counted.result()
+                counted = thread.submit(count, kind, results, samples)
             bar.update(len(samples) * world)
         counted.result()
     model.train(training)
-    if world > 1:
-        states = [None] * world
-        dist.all_gather_object(states, metric.state())
-        metric.merge(states)
-    groups = split_groups(meta) if meta["kind"] == "panoptic" else {}
-    numbers = metric.compute(groups) if groups else metric.compute()
-    if groups:
-        numbers |= {"PQ_all": numbers["PQ"], "hPQ": harmonic(numbers["PQ_seen"], numbers["PQ_unseen"])}
-    numbers = {key: percent(value) for key, value in numbers.items()}
-    rows = [(meta["names"][row["class"]], percent(row[per_class])) for row in metric.per_class()]
-    return Result(numbers, headline, rows, images, time.time() - began, images < len(dataset))
+    done = []
+    for metric, _, headline, column in kinds:
+        if world > 1:
+            dist.all_gather_object(states := [None] * world, metric.state())
+            metric.merge(states)
+        numbers, rows = conclude(metric, meta, headline, column)
+        done.append(Result(numbers, headline, rows, images, time.time() - began, images < len(dataset)))
+    return done
 
 
 # ---- Open vocabulary: true regions, calibration, sweeps ----------------------------------------------------
@@ -240,12 +245,17 @@ def probe_regions(model, dataset, limit=0) -> dict[str, dict[str, float]]:
 
 
 class Replay(torch.nn.Module):
-    """A model that keeps what its class head saw; over the same images again it only classifies."""
+    """A model that keeps what its class head saw since `fresh`; asked again, it only classifies."""
 
     def __init__(self, model):
         super().__init__()
         self.model, self.meta, self.num_blocks, self.mean = model, model.meta, model.num_blocks, model.mean
         self.kept, self.at = [], 0
+
+    def turn(self, fresh: bool, calibration: dict):
+        """Before the same images come again, or fresh ones."""
+        self.kept, self.at = [] if fresh else self.kept, 0
+        self.model.class_head.calibrate(**calibration)
 
     def forward(self, images, mask_prob=None):
         head, seen = self.model.class_head, []
@@ -253,8 +263,8 @@ class Replay(torch.nn.Module):
             hook = head.register_forward_hook(lambda module, inputs, output: seen.append(inputs))
             masks = self.model(images, mask_prob)[-1].masks
             hook.remove()
-            self.kept.append([tensor.cpu() for tensor in (masks, *seen[-1])])
-        masks, queries, region = (tensor.to(images.device) for tensor in self.kept[self.at])
+            self.kept.append((masks, *seen[-1]))
+        masks, queries, region = self.kept[self.at]
         self.at += 1
         return [eomt.Prediction(masks, head(queries, region))]
 
@@ -265,7 +275,7 @@ def seen_matches(model, dataset, limit=FITTED_ON):
     head, replay, rows = model.class_head, Replay(model).eval(), []
     for image, truth, labels in windows(model, dataset, limit):
         masks = replay(image)[-1].masks  # (1, Q, mh, mw)
-        _, queries, region = (tensor.to(image.device) for tensor in replay.kept.pop())
+        _, queries, region = replay.kept.pop()
         replay.at = 0
         found = torch.nn.functional.interpolate(masks.float(), image.shape[2:], mode="bilinear")[0] > 0
         found, truth = found.flatten(1).float(), truth.flatten(1).float()  # (Q, S*S), (T, S*S)
@@ -280,7 +290,7 @@ def seen_matches(model, dataset, limit=FITTED_ON):
 
 def calibrate(model, dataset, options) -> None:
     """Sets the ensemble of `model` from options.ov_*; what is `auto` is fitted to seen masks of `dataset`."""
-    head, names = model.class_head, ("in", "out")
+    head = model.class_head
     if options.ov_pool not in ("map", "value", "mean"):
         raise ValueError(f"--ov-pool {options.ov_pool}: unknown; map, value or mean")
     model.pool, training = options.ov_pool, model.training
@@ -294,11 +304,10 @@ def calibrate(model, dataset, options) -> None:
         if not len(labels):
             raise ValueError("auto: no predicted mask fits a true one of a seen class; give numbers")
     if options.ov_temp == "auto":
-        values |= {f"temp_{name}": siglip2.fit_temperature(logits[:, : len(head.seen)], labels)
-                   for name, logits in zip(names, (l_in, l_out), strict=True)}
+        temps = [siglip2.fit_temperature(logits[:, :len(head.seen)], labels) for logits in (l_in, l_out)]
     else:
         temps = number_list("--ov-temp", options.ov_temp, 2)
-        values |= {f"temp_{name}": temps[i % len(temps)] for i, name in enumerate(names)}
+    values |= dict(temp_in=temps[0], temp_out=temps[-1])
     head.calibrate(**values)
     if options.ov_reject == "auto":  # 5 % of the right masks are given up
         values["reject"] = head.energy(l_out).quantile(0.05).item()
@@ -338,88 +347,72 @@ def class_bias(model, source: str) -> list[float]:
 
 
 def sweep(model, dataset, args, rank, world) -> Result:
-    """A line per value of `--sweep ov-bias=0,0.5`; masks and embeddings are computed once."""
+    """A line per value of `--sweep ov-bias=0,0.5`; the network sees every image once."""
     flag, _, listed = args.sweep.partition("=")
-    name, replay, result = flag.replace("-", "_"), Replay(model), None
+    name, replay, turns = flag.replace("-", "_"), Replay(model), []
     if name not in ("ov_bias", "ov_alpha", "ov_beta", "ov_temp", "ov_reject") or not listed:
         raise ValueError(f"--sweep {args.sweep}: write ov-bias=0,0.5,1, or ov-alpha, -beta, -temp, -reject")
-    for value in number_list("--sweep", listed, 1000):
+    values = number_list("--sweep", listed, 1000)
+    for value in values:
         setattr(args, name, value if name in ("ov_bias", "ov_alpha", "ov_beta") else str(value))
         calibrate(model, dataset, args)
-        replay.at = 0
-        result = evaluate(replay, dataset, rank, world, args.workers, args.limit)
+        turns.append(partial(replay.turn, not turns, model.meta["calibration"]))
+    results = evaluate_each(replay, dataset, turns, rank, world, args.workers, args.limit)
+    for value, result in zip(values, results, strict=True):
         if rank == 0:
             print(f"{flag} {value:g}: {line(result)}")
-    return result
+    return results[-1]
 
 
 # ---- Exports in the layouts of the official tools ----------------------------------------------------------
-def gathered(rows: list, rank: int, world: int) -> list:
-    """The rows of all ranks, on rank 0 in the order of their images."""
-    parts = [rows]
-    if world > 1:
-        parts = [None] * world
-        dist.all_gather_object(parts, rows)
-    return sorted(sum(parts, []), key=lambda row: row["image_id"]) if rank == 0 else []
+def export_panoptic(folder, task, result, sample) -> list[dict]:
+    """COCO's panoptic submission: FOLDER/NAME.png, and in FOLDER.json a row."""
+    ids, name = result.ids.cpu().numpy(), Path(sample.name).stem + ".png"
+    data.write_ids(ids, folder / name)
+    areas = np.bincount(ids.ravel(), minlength=len(result.labels) + 1)
+    segments = [dict(id=s, category_id=task.vocabulary.ids[label], area=int(areas[s]))
+                for s, label in enumerate(result.labels.tolist(), 1)]
+    return [dict(image_id=sample.image_id, file_name=name, segments_info=segments)]
 
 
-class PanopticExport:
-    """COCO's panoptic submission: FOLDER/NAME.png and FOLDER.json."""
-
-    def __init__(self, folder: str, task: data.Task):
-        self.folder, self.ids, self.rows = Path(folder), task.vocabulary.ids, []
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    def __call__(self, result, sample):
-        ids, name = result.ids.cpu().numpy(), Path(sample.name).stem + ".png"
-        data.write_ids(ids, self.folder / name)
-        areas = np.bincount(ids.ravel(), minlength=len(result.labels) + 1)
-        segments = [dict(id=s + 1, category_id=self.ids[label], area=int(areas[s + 1]))
-                    for s, label in enumerate(result.labels.tolist())]
-        self.rows.append(dict(image_id=sample.image_id, file_name=name, segments_info=segments))
-
-    def close(self, rank, world):
-        rows = gathered(self.rows, rank, world)
-        if rank == 0:
-            self.folder.with_name(self.folder.name + ".json").write_text(json.dumps(dict(annotations=rows)))
+def export_instance(path, task, result, sample) -> list[dict]:
+    """COCO's instance results: a row of image_id, category_id, RLE segmentation and score each."""
+    columns = result.masks.cpu().numpy(), result.labels.tolist(), result.scores.tolist()
+    return [dict(image_id=sample.image_id, category_id=task.vocabulary.ids[label], score=score,
+                 segmentation=metrics.rle_encode(mask)) for mask, label, score in zip(*columns, strict=True)]
 
 
-class InstanceExport:
-    """COCO's instance results: one JSON list of image_id, category_id, RLE segmentation, score."""
+def export_semantic(folder, task, result, sample) -> list[dict]:
+    """FOLDER/NAME.png with the data set's own label values: ADE20K 1..150, Cityscapes labelIds."""
+    values = np.array(task.vocabulary.ids, np.uint8) + data.PAIRS[task.layout].offset  # (K,)
+    Image.fromarray(values[result.cpu().numpy()]).save(folder / (Path(sample.name).stem + ".png"))
+    return []
+
+
+EXPORTS = dict(panoptic=export_panoptic, instance=export_instance, semantic=export_semantic)
+
+
+class Export:
+    """Called with every (result, sample), it writes the former as the official tools want them at `path`."""
 
     def __init__(self, path: str, task: data.Task):
-        self.path, self.ids, self.rows = Path(path), task.vocabulary.ids, []
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.task, self.rows = Path(path), task, []
+        folder = self.path.parent if task.kind == "instance" else self.path
+        folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, result, sample):
-        columns = result.masks.cpu().numpy(), result.labels.tolist(), result.scores.tolist()
-        self.rows += [dict(image_id=sample.image_id, category_id=self.ids[label], score=score,
-                           segmentation=metrics.rle_encode(mask))
-                      for mask, label, score in zip(*columns, strict=True)]
+        self.rows += EXPORTS[self.task.kind](self.path, self.task, result, sample)
 
-    def close(self, rank, world):
-        rows = gathered(self.rows, rank, world)
-        if rank == 0:
+    def finish(self, rank, world):
+        """Rank 0 writes the rows of all ranks in the order of their images."""
+        parts = [self.rows] * world
+        if world > 1:
+            dist.all_gather_object(parts, self.rows)
+        rows = sorted(itertools.chain(*parts), key=lambda row: row["image_id"])
+        if rank == 0 and self.task.kind == "panoptic":
+            self.path.with_name(self.path.name + ".json").write_text(json.dumps(dict(annotations=rows)))
+        elif rank == 0 and self.task.kind == "instance":
             self.path.write_text(json.dumps(rows))
-
-
-class SemanticExport:
-    """FOLDER/NAME.png with the data set's own label values: ADE20K 1..150, Cityscapes labelIds."""
-
-    def __init__(self, folder: str, task: data.Task):
-        self.folder = Path(folder)
-        self.values = np.array(task.vocabulary.ids, np.uint8) + data.PAIRS[task.layout].offset  # (K,)
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    def __call__(self, result, sample):
-        labels = self.values[result.cpu().numpy()]  # (H, W)
-        Image.fromarray(labels).save(self.folder / (Path(sample.name).stem + ".png"))
-
-    def close(self, rank, world):
-        """Every image is its own file: nothing to join."""
-
-
-EXPORTS = dict(panoptic=PanopticExport, instance=InstanceExport, semantic=SemanticExport)
 
 
 OV_OPTIONS = (("pool", str, "map, value or mean"), ("alpha", float, "region weight of seen classes"),
@@ -484,10 +477,9 @@ def load_model(args) -> eomt.EoMT:
     tower = siglip2.load(folder, "vision")
     count = len(words.names)
     head = siglip2.OpenVocabHead(tower.width, *text[:2], [True] * count, *text[2:])
-    model = eomt.OpenVocabEoMT(tower, head, 1, 1)
+    model, every = eomt.OpenVocabEoMT(tower, head, 1, 1), list(range(count))
     model.meta = dict(size=tower.config["grid"] * tower.patch, text=str(folder), names=list(words.names),
-                      seen=list(range(count)), trained=[asdict(words), list(range(count))],
-                      **said)
+                      seen=every, trained=[asdict(words), every], **said)
     return model.to(args.device).eval()
 
 
@@ -556,11 +548,10 @@ def open_task(model: eomt.EoMT, args) -> tuple[data.Task, str]:
 
 
 def open_exports(args, task) -> list:
-    wanted = {kind: getattr(args, f"save_{kind}") for kind in EXPORTS}
-    for kind, target in wanted.items():
-        if target and kind != task.kind:
-            raise ValueError(f"--save-{kind}: {task.name} is {task.kind}; use --save-{task.kind}")
-    return [EXPORTS[kind](target, task) for kind, target in wanted.items() if target]
+    wanted = {kind: target for kind in EXPORTS if (target := getattr(args, f"save_{kind}"))}
+    for kind in wanted.keys() - {task.kind}:
+        raise ValueError(f"--save-{kind}: {task.name} is {task.kind}; use --save-{task.kind}")
+    return [Export(target, task) for target in wanted.values()]
 
 
 def run(args) -> Result:
@@ -583,8 +574,7 @@ def run(args) -> Result:
     exports = open_exports(args, task)
     result = evaluate(model, dataset, rank, world, args.workers, args.limit, args.masked_attn, exports)
     for export in exports:
-        export.close(rank, world)
-    result.numbers |= split_means(result, model.meta)
+        export.finish(rank, world)
     if rank == 0:
         print(line(result))
         if args.out:
@@ -595,15 +585,7 @@ def run(args) -> Result:
 
 
 def main():
-    try:
-        run(parse(sys.argv[1:]))
-    except (ValueError, OSError, RuntimeError) as error:
-        if "--debug" in sys.argv:
-            raise
-        print(f"error: {data.one_line(error)}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    data.command(lambda argv: run(parse(argv)), sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -367,16 +367,7 @@ def run(args):
 
 
 def main():
-    args = parser().parse_args()
-    try:
-        run(args)
-    except (ValueError, OSError, RuntimeError) as error:
-        if args.debug:
-            raise
-        print(f"error: {data.one_line(error)}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    data.command(lambda argv: run(parser().parse_args(argv)), sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ HOUSE = {
     "losses.py": ("torch scipy", "?kernels", 450),
     "metrics.py": ("numpy", "", 500),
     "data.py": ("torch numpy PIL", "vocab +metrics", 1460),
-    "eval.py": ("torch numpy tqdm PIL", "data eomt metrics siglip2 lora losses vocab", 600),
+    "eval.py": ("torch numpy tqdm PIL", "data eomt metrics siglip2 lora losses vocab", 592),
     "predict.py": ("torch numpy PIL tqdm +onnxruntime", "data eomt metrics siglip2 lora losses vocab", 400),
     "train.py": ("torch numpy +wandb +tokenizers", "data eomt eval predict losses siglip2 lora vocab", 1220),
     "bench.py": ("torch numpy", "data eomt eval predict losses metrics siglip2 lora vocab kernels", 610),

@@ -138,7 +138,7 @@ class Keep(list):
     def __call__(self, *pair):
         self.append(pair)
 
-    def close(self, rank, world):
+    def finish(self, rank, world):
         pass
 
 

@@ -242,9 +242,9 @@ def test_exports_give_our_numbers_in_the_official_tools(tmp_path, monkeypatch):
         queue, words = [dataset[i] for i in range(len(dataset))], task.vocabulary
         model = eomt.EoMT(eomt.ViT(8, 1, 1, 8, (2, 2)), len(words.names), 2, 1)
         model.meta = dict(kind=kind, names=words.names, thing=words.thing, size=16)
-        export = evaluation.EXPORTS[kind](str(tmp_path / f"{kind}.out"), task)
+        export = evaluation.Export(str(tmp_path / f"{kind}.out"), task)
         ours = evaluation.evaluate(model, dataset, exports=[export]).numbers
-        export.close(0, 1)
+        export.finish(0, 1)
         if kind == "panoptic":
             truth, folder = (
                 root / "annotations" / "panoptic_val2017.json",
