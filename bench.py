@@ -32,7 +32,7 @@ import data
 import eomt
 import metrics
 import vocab
-from kernels import ahead, masked_attention, pack_mask
+from kernels import ahead, masked_attention, pack_mask, upscale
 from losses import SetLoss
 
 PEAK, BANDWIDTH = 790e12, 4.3e12  # FLOP/s of a bf16 product of 8192^3, byte/s of a copy, both on a Hopper
@@ -197,6 +197,35 @@ def bench_attention(run, size, batch):
     moved = logits[0].numel() // 4 * logits[0].element_size()  # the middle 2 x 2 of every 4 x 4
     calls = {name: lambda i, make=rivals[name][0]: make(logits[i % 3]) for name in ("ours", "mask[:, None]")}
     compare(run, f"mask of {tokens} tokens from logits", calls, moved, "GB/s", moved / BANDWIDTH)
+
+
+def bench_upscale(run, size, batch):
+    """The last ScaleBlock: ours against the modules, channels first in between as upstream."""
+    row = eomt.ENCODERS[run.encoder]
+    side, width, dtype = size // 8, row["width"], torch.bfloat16 if run.cuda else torch.float32
+    block = eomt.ScaleBlock(width).to(run.device, dtype)
+    make = partial(torch.randn, device=run.device, dtype=dtype)
+    inputs = [make(batch, side, side, width, requires_grad=True) for _ in range(3)]  # 3 x (B, h, w, C)
+    grad, leaves = make(batch, 2 * side, 2 * side, width), list(block.parameters())
+
+    def chain(x):
+        y = block.conv2(F.gelu(block.conv1(x.permute(0, 3, 1, 2).contiguous())))  # (B, C, 2h, 2w)
+        return block.norm(y.permute(0, 2, 3, 1))  # (B, 2h, 2w, C)
+
+    rivals = {"ours": block, "modules": chain, "modules, compiled": torch.compile(chain) if run.cuda else None}
+    exact, x = copy.deepcopy(block).double(), inputs[0].detach()[:1].double()
+    weights = [*exact.conv1.parameters(), *exact.conv2.parameters(), *exact.norm.parameters()]
+    want = [upscale(x, *weights, exact.norm.eps)]
+    for case, passes in (("forward", 1), ("forward + backward", 3)):
+        calls = {name: "CUDA only" for name in rivals}
+        for name, f in ((name, f) for name, f in rivals.items() if f is not None):
+            step = lambda i, f=f: torch.autograd.grad(f(inputs[i % 3]), [inputs[i % 3], *leaves], grad)  # noqa: E731
+            calls[name] = step if passes > 1 else torch.no_grad()(lambda i, f=f: f(inputs[i % 3]))
+        errors = {name: distance([f(inputs[0])[:1]], want) for name, f in rivals.items() if f is not None}
+        work = passes * 2 * batch * side**2 * width * (4 * width + 36)
+        moved = passes * 9 * inputs[0].numel() * inputs[0].element_size()  # reads x, writes 4, reads 4, writes 4
+        title = f"upscale, {case}, {run.encoder} {size}: batch {batch}, {side} x {side} x {width}"
+        compare(run, title, calls, work, "GFLOP/s", max(work / PEAK, moved / BANDWIDTH), errors)
 
 
 def ahead_of_time(run):
@@ -548,7 +577,7 @@ def bench_ap(run):
 # Cases of every size and batch, cases run once, (encoder, sizes, batches) on CUDA, the same on a CPU.
 LARGE, SMALL = "dinov2_large", "dinov2_small"
 SUBJECTS = {
-    "kernels": ([bench_attention], [ahead_of_time], (LARGE, [640], [4]), (SMALL, [224, 640], [1])),
+    "kernels": ([bench_attention, bench_upscale], [ahead_of_time], (LARGE, [640], [4]), (SMALL, [224, 640], [1])),
     "model": ([bench_network], [bench_processing], (LARGE, [640], [1, 8]), (SMALL, [224], [1, 8])),
     "train": ([bench_step], [bench_loss], (LARGE, [640], [4]), (SMALL, [224], [4])),
     "data": ([bench_data], [], (LARGE, [640], [8]), (LARGE, [640], [8])),
