@@ -111,8 +111,8 @@ class Block(nn.Module):
         self.ls2 = nn.Parameter(torch.ones(width))
 
     def forward(self, x, attend=F.scaled_dot_product_attention):
-        x = torch.addcmul(x, self.ls1, self.attn(self.norm1(x), attend))  # (B, N, C), x + ls1 * ...
-        return torch.addcmul(x, self.ls2, self.mlp(self.norm2(x)))  # (B, N, C)
+        x = x + self.ls1 * self.attn(self.norm1(x), attend)  # (B, N, C)
+        return x + self.ls2 * self.mlp(self.norm2(x))  # (B, N, C)
 
 
 class ViT(nn.Module):
