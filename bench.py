@@ -341,7 +341,7 @@ def bench_loss(run):
 
 
 def bench_step(run, size, batch):
-    """A masked training step in parts, and without data and optimiser against transformers' model and loss."""
+    """A masked training step in parts, and without data and optimiser against transformers'."""
     model, theirs = build(run, size)
     optimizer = torch.optim.AdamW(model.train().parameters(), 1e-4, fused=run.cuda)
     criterion, now, stack = SetLoss(133), SimpleNamespace(), contextlib.ExitStack()
