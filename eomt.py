@@ -306,7 +306,7 @@ class EoMT(nn.Module):
     def dot(self, queries, patches, grid) -> Tensor:
         """Mask logits (B,Q,mh,mw): mask head of query tokens (B,Q,C) . upscaled patches (B,h*w,C)."""
         queries = self.mask_head(queries)  # (B, Q, C)
-        if len(patches) == 1 or patches.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or patches.is_cuda or len(patches) == 1:
             features = self.upscale(patches.unflatten(1, grid))  # (B, mh, mw, C)
             return torch.einsum("bqc,bhwc->bqhw", queries, features)
         # One by one: an image's features, its largest tensors, stay in the cache from pass to pass.
