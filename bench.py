@@ -134,27 +134,24 @@ def attention_rivals(run, grid):
         return F.pad(mask, (0, 0, 0, mask.shape[3] - mask.shape[2]), value=True)  # (B, 1, N, N)
 
     def packed(logits):
-        start = logits.shape[1] + 5
-        return pack_mask(logits, grid, start, start + grid[0] * grid[1])  # (B, Q, words)
+        return pack_mask(logits, grid, logits.shape[1] + 5, logits.shape[1] + 5 + grid[0] * grid[1])  # bits
 
     def split(q, k, v, mask):
         n = mask.shape[2]
         return torch.cat([sdpa(q[:, :, :n], k, v, mask), sdpa(q[:, :, n:], k, v)], 2)  # (B, nh, N, hd)
 
-    def expanded(q, k, v, mask):
-        return sdpa(q, k, v, mask.expand(-1, q.shape[1], -1, -1))
-
     rivals = {"ours": (packed, lambda q, k, v, bits: masked_attention(q, k, v, bits, bits.shape[1])),
-              "mask expanded over heads (upstream)": (dense, expanded), "mask[:, None]": (dense, sdpa),
-              "split SDPA": (rows, split), "split SDPA, compiled": "CUDA only", "FlexAttention": "CUDA only"}
+              "mask expanded over heads (upstream)":
+                  (dense, lambda q, k, v, mask: sdpa(q, k, v, mask.expand(-1, q.shape[1], -1, -1))),
+              "mask[:, None]": (dense, sdpa), "split SDPA": (rows, split),
+              "split SDPA, compiled": "CUDA only", "FlexAttention": "CUDA only"}
     if run.cuda:
         flex = importlib.import_module("torch.nn.attention.flex_attention")
         attend = torch.compile(flex.flex_attention)
 
         def blocks(logits):
             mask = dense(logits)[:, 0]  # (B, N, N)
-            seen = lambda b, head, m, n: mask[b, m, n]  # noqa: E731
-            return flex.create_block_mask(seen, len(mask), None, *mask.shape[1:])
+            return flex.create_block_mask(lambda b, h, m, n: mask[b, m, n], len(mask), None, *mask.shape[1:])
 
         rivals["split SDPA, compiled"] = rows, torch.compile(split)
         rivals["FlexAttention"] = blocks, lambda q, k, v, mask: attend(q, k, v, block_mask=mask)
@@ -210,13 +207,29 @@ def bench_attention(run, size, batch):
         "ours": (calls["ours"](0)[0] != two(0)[0]).float().mean().item()})
 
 
+def bench_upscale(run, size, batch):
+    """The last ScaleBlock against its modules, channels first in between as upstream."""
+    side, width = size // 8, eomt.ENCODERS[run.encoder]["width"]
+    block = eomt.ScaleBlock(width).to(run.device, torch.bfloat16 if run.cuda else torch.float32)
+    conv1, conv2, norm = block.children()
+    inputs = [torch.randn(batch, side, side, width).to(norm.weight).requires_grad_() for _ in range(3)]
+    first = lambda x: conv2(F.gelu(conv1(x.permute(0, 3, 1, 2).contiguous())))  # noqa: E731
+    rivals = {"ours": block, "modules": lambda x: norm(first(x).permute(0, 2, 3, 1))}
+    rivals |= {"modules, compiled": torch.compile(rivals["modules"])} if run.cuda else {}
+    errors = {name: distance([f(inputs[0])], [block(inputs[0])]) for name, f in rivals.items()}
+    work, title = 2 * batch * side**2 * width * (4 * width + 36), f"{run.encoder} {size}, batch {batch}"
+    calls = {name: torch.no_grad()(lambda i, f=f: f(inputs[i % 3])) for name, f in rivals.items()}
+    compare(run, f"upscale, forward, {title}; error: to ours", calls, work, "GFLOP/s", work / PEAK, errors)
+    calls = {name: lambda i, f=f: f(inputs[i % 3]).sum().backward() for name, f in rivals.items()}
+    compare(run, f"upscale, forward + backward, {title}", calls, 3 * work, "GFLOP/s", 3 * work / PEAK)
+
+
 def ahead_of_time(run):
     """Without a GPU: what the compiler makes of the shipped configurations."""
     if run.cuda:
         return
-    print("\nGPU rows were not run: there is no CUDA device. The kernels compiled ahead of time, bf16:\n")
-    if ahead.triton is None:
-        print("triton is not installed")
+    print("\nGPU rows were not run: there is no CUDA device. The kernels compiled ahead of time, bf16:")
+    print("" if ahead.triton else "triton is not installed")
     for n, row in enumerate(ahead.rows("forward hd 64" if run.quick else "")):
         if n == 0:
             print(f"| {' | '.join(row)} |\n{'|---' * len(row)}|")
@@ -289,8 +302,7 @@ def bench_processing(run):
     content, thing, logits = eomt.fit(shape, window), [k < 10 for k in range(133)], []
     for _ in range(3):
         inside = torch.from_numpy(regions(20, side, side)) == torch.arange(20)[:, None, None]  # (20, mh, mw)
-        masks = torch.randn(queries, side, side) - 4  # (Q, mh, mw)
-        classes = torch.randn(queries, 134)  # (Q, K+1)
+        masks, classes = torch.randn(queries, side, side) - 4, torch.randn(queries, 134)  # (Q,mh,mw), (Q,K+1)
         masks[:20] += 8 * inside
         classes[:20, :20] += 15 * torch.eye(20)
         logits.append((masks.to(run.device), classes.to(run.device)))
@@ -338,8 +350,7 @@ def bench_loss(run):
 
 
 def bench_step(run, size, batch):
-    """A training step with masked attention: all of it in parts, and without data and optimiser against
-    transformers' model and loss."""
+    """A masked training step in parts, and without data and optimiser against transformers'."""
     model, theirs = build(run, size)
     optimizer = torch.optim.AdamW(model.train().parameters(), 1e-4, fused=run.cuda)
     criterion, now, stack = SetLoss(133), SimpleNamespace(), contextlib.ExitStack()
@@ -445,7 +456,6 @@ def bench_data(run, size, batch):
 # ---- metrics -----------------------------------------------------------------------------------------------
 def quietly(call):
     """`call` without what it prints."""
-
     def inner(i):
         with contextlib.redirect_stdout(io.StringIO()):
             return call(i)
@@ -503,11 +513,9 @@ def bench_miou(run):
             metric.update(*maps[k % 2][::order])
         return metric
 
-    ours = lambda i: evaluate(metrics.MeanIoU(19), 1).compute()["mIoU"]  # noqa: E731
-    calls = {"ours": ours, "hotcoco": "not installed"}
-    if hotcoco := optional("hotcoco"):
-        make = hotcoco.semantic.SemanticEval
-        calls["hotcoco"] = lambda i: evaluate(make(19), -1).report()["metrics"]["mIoU"]
+    calls = {"ours": lambda i: evaluate(metrics.MeanIoU(19), 1).compute()["mIoU"], "hotcoco": "not installed"}
+    if coco := optional("hotcoco"):
+        calls["hotcoco"] = lambda i: evaluate(coco.semantic.SemanticEval(19), -1).report()["metrics"]["mIoU"]
     compare_scores(run, f"mIoU of {count} maps {height} x {width}", calls, count)
 
 
@@ -559,7 +567,8 @@ def bench_ap(run):
 # Cases of every size and batch, cases run once, (encoder, sizes, batches) on CUDA, the same on a CPU.
 LARGE, SMALL = "dinov2_large", "dinov2_small"
 SUBJECTS = {
-    "kernels": ([bench_attention], [ahead_of_time], (LARGE, [640], [4]), (SMALL, [224, 640], [1])),
+    "kernels": ([bench_attention, bench_upscale], [ahead_of_time], (LARGE, [640], [4]),
+                (SMALL, [224, 640], [1])),
     "model": ([bench_network], [bench_processing], (LARGE, [640], [1, 8]), (SMALL, [224], [1, 8])),
     "train": ([bench_step], [bench_loss], (LARGE, [640], [4]), (SMALL, [224], [4])),
     "data": ([bench_data], [], (LARGE, [640], [8]), (LARGE, [640], [8])),

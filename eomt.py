@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 try:
-    from kernels import masked_attention, pack_mask, panoptic_merge, restored
+    from kernels import masked_attention, pack_mask, panoptic_merge, restored, upscale
 except ImportError:  # this file copied alone, or another package of that name: same numbers in plain torch
 
     def pack_mask(mask_logits, grid, prefix_columns, num_keys, keep_prob=1.0, noise=None):
@@ -61,6 +61,12 @@ except ImportError:  # this file copied alone, or another package of that name: 
                 best = torch.maximum(best, value)
         both, outside = owner.flatten().bincount(minlength=2 * k).view(2, k)
         return owner.clamp(max=k).int(), torch.stack([torch.stack(own), both + outside, both])
+
+    def upscale(x, weight1, bias1, weight2, gain, shift, eps):
+        """(B,h,w,C) -> (B,2h,2w,C): ConvTranspose 2x2, GELU, depthwise 3x3, LayerNorm over channels."""
+        x = F.gelu(F.conv_transpose2d(x.permute(0, 3, 1, 2), weight1, bias1, stride=2))  # (B, C, 2h, 2w)
+        x = F.conv2d(x, weight2, padding=1, groups=len(gain)).permute(0, 2, 3, 1)  # (B, 2h, 2w, C)
+        return F.layer_norm(x, gain.shape, gain, shift, eps)
 
 
 # ---- Encoder: a plain ViT, as DINOv2 (position table) or as DINOv3 (RoPE, keys without bias) -------------
@@ -241,7 +247,7 @@ class Prediction(NamedTuple):
 
 
 class ScaleBlock(nn.Module):
-    """Twice the resolution: ConvTranspose 2x2, GELU, depthwise 3x3, LayerNorm over channels."""
+    """Twice the resolution, (B,h,w,C) -> (B,2h,2w,C): the parameters of `upscale`."""
 
     def __init__(self, width):
         super().__init__()
@@ -250,8 +256,8 @@ class ScaleBlock(nn.Module):
         self.norm = nn.LayerNorm(width, 1e-6)
 
     def forward(self, x):
-        x = self.conv2(F.gelu(self.conv1(x)))  # (B, C, 2h, 2w)
-        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B, C, 2h, 2w), channels last in memory
+        up, norm = self.conv1, self.norm
+        return upscale(x, up.weight, up.bias, self.conv2.weight, norm.weight, norm.bias, norm.eps)
 
 
 class EoMT(nn.Module):
@@ -320,14 +326,22 @@ class EoMT(nn.Module):
         bits = pack_mask(masks.detach(), grid, start, start + grid[0] * grid[1], keep_prob, noise)
         return self.encoder.attention(grid, partial(masked_attention, bits=bits, num_masked_rows=rows))
 
+    def dot(self, queries, patches, grid) -> Tensor:
+        """Mask logits (B,Q,mh,mw): mask head of query tokens (B,Q,C) . upscaled patches (B,h*w,C)."""
+        queries = self.mask_head(queries)  # (B, Q, C)
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or patches.is_cuda or len(patches) == 1:
+            features = self.upscale(patches.unflatten(1, grid))  # (B, mh, mw, C)
+            return torch.einsum("bqc,bhwc->bqhw", queries, features)
+        # One by one: an image's features, its largest tensors, stay in the cache from pass to pass.
+        return torch.cat([torch.einsum("bqc,bhwc->bqhw", q, self.upscale(p.unflatten(1, grid)))
+                          for q, p in zip(queries.split(1), patches.split(1), strict=True)])
+
     def predict(self, x: Tensor, grid: tuple[int, int]) -> Prediction:
         """Tokens (B,N,C) -> mask logits (B,Q,mh,mw) and class logits (B,Q,K+1)."""
         x = self.encoder.norm(x)
         queries = x[:, :self.q.num_embeddings]  # (B, Q, C)
         patches = x[:, self.q.num_embeddings + self.encoder.prefix:]  # (B, h*w, C)
-        features = self.upscale(patches.mT.unflatten(2, grid))  # (B, C, mh, mw)
-        masks = torch.einsum("bqc,bchw->bqhw", self.mask_head(queries), features)  # (B, Q, mh, mw)
-        return Prediction(masks, self.class_head(queries))
+        return Prediction(self.dot(queries, patches, grid), self.class_head(queries))
 
 
 class Taught(NamedTuple):
@@ -429,7 +443,7 @@ class OpenVocabEoMT(EoMT):
         norm = self.q_norm or self.encoder.norm
         features = x if self.fuse is None else x + sum(
             a * self.encoder.norm(state) for a, state in zip(self.fuse, reversed(states), strict=False))
-        features = self.upscale(features.mT.unflatten(2, grid))  # (B, C, mh, mw)
+        features = self.upscale(features.unflatten(1, grid))  # (B, mh, mw, C)
         q = self.queries().to(x.dtype).expand(x.shape[0], -1, -1)  # (B, Q, C)
         if mask_prob is not None and noise is None:
             noise = torch.rand(len(x), self.num_blocks, q.shape[1], device=x.device)
@@ -437,7 +451,7 @@ class OpenVocabEoMT(EoMT):
         for i, (block, state) in enumerate(zip([*blocks, None], [*states, None], strict=True)):
             if self.training or mask_prob is not None or block is None:
                 kept.append(norm(q))
-                masks.append(torch.einsum("bqc,bchw->bqhw", self.mask_head(kept[-1]), features))
+                masks.append(torch.einsum("bqc,bhwc->bqhw", self.mask_head(kept[-1]), features))
             if block is None:
                 break
             attend = F.scaled_dot_product_attention
@@ -452,8 +466,7 @@ class OpenVocabEoMT(EoMT):
     def predict(self, x, grid):
         x = self.encoder.norm(x)
         queries, patches = x.split((self.q.num_embeddings, x.shape[1] - self.q.num_embeddings), 1)
-        features = self.upscale(patches.mT.unflatten(2, grid))  # (B, C, mh, mw)
-        masks = torch.einsum("bqc,bchw->bqhw", self.mask_head(queries), features)  # (B, Q, mh, mw)
+        masks = self.dot(queries, patches, grid)  # (B, Q, mh, mw)
         return Taught(masks, self.classify(queries, masks, patches, grid), patches, None)
 
     @torch.compiler.disable  # a compiled model keeps its graph when the vocabulary changes

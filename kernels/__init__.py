@@ -1,6 +1,6 @@
 """Fused ops of EoMT beside their plain-torch references: Triton on CUDA, torch elsewhere, the same numbers.
 
-In and out: see `masked_attention` and `pack_mask`. EOMT_KERNELS=torch|triton forces a path.
+In and out: see the file of each name. EOMT_KERNELS=torch|triton forces a path.
 
     bits = pack_mask(mask_logits, (40, 40), 205, 1805, keep_prob=0.5, noise=torch.rand(2, 200))
     out = masked_attention(q, k, v, bits, num_masked_rows=200)
@@ -9,5 +9,6 @@ In and out: see `masked_attention` and `pack_mask`. EOMT_KERNELS=torch|triton fo
 from .masked_attention import masked_attention
 from .pack_mask import pack_mask
 from .panoptic_merge import panoptic_merge, restored
+from .upscale import upscale
 
-__all__ = ["masked_attention", "pack_mask", "panoptic_merge", "restored"]
+__all__ = ["masked_attention", "pack_mask", "panoptic_merge", "restored", "upscale"]

@@ -1,13 +1,15 @@
 """What the compiler makes of the shipped Triton kernels for a GPU that is not here.
 
-In: nothing but triton, whose wheel carries the tools. Out: for every shipped configuration, in bf16, its
-registers, spilled bytes, shared memory and matrix instructions (HGMMA on sm_90, HMMA on sm_80).
+In: nothing but triton, whose wheel carries the tools. Out: for every configuration that `ahead_jobs(arch)` of
+a kernel's module names, its registers, spilled bytes, shared memory and matrix instructions (HGMMA on sm_90,
+HMMA on sm_80). Pointers and their strides are typed by the shape comments of the kernel's signature.
 
     for row in rows():
         print(row)  # {"kernel": "forward hd 64 128x64", "arch": "sm_90", "warps": 8, "registers": 128, ...}
 """
 # SPDX-License-Identifier: MIT
 import importlib
+import inspect
 import re
 import subprocess
 import tempfile
@@ -16,25 +18,38 @@ from pathlib import Path
 
 from .choose import triton
 
-AXES = {"sb": 3, "sl": 3, "sd": 3}  # strides in a stride tuple; 4 where the name is not here
-POINTERS = {"BITS": "*i32", "KEEP": "*i1", "LSE": "*fp32", "DELTA": "*fp32"}  # others: bf16
+KERNELS = "masked_attention", "pack_mask", "upscale", "panoptic_merge"
+TYPES = {"int32": "*i32", "bool": "*i1", "fp32": "*fp32"}  # words of shape comments; none: the dtype asked
+POINTER = re.compile(r"^    ([A-Z0-9_, ]+),  # (int32 |bool |fp32 |)\((.*?)\)", re.M)
 
 
-def compile_kernel(kernel, arch: int, constants: dict, options: dict) -> tuple[bytes, int]:
-    """The cubin that a launch on contiguous, aligned tensors gets, and its bytes of shared memory."""
+def pointers(kernel) -> list[tuple[str, str, list[str]]]:
+    """(argument, type word, axes) of the tensors of a kernel, as its shape comments say."""
+    lines = POINTER.findall(inspect.getsource(kernel.fn))
+    return [(name, word.strip(), [axis.strip() for axis in axes.split(",") if axis])
+            for names, word, axes in lines for name in names.split(", ")]
+
+
+def compile_kernel(kernel, arch: int, constants: dict, options: dict, dtype="bf16") -> tuple[bytes, int]:
+    """The cubin that a launch on contiguous, aligned tensors gets, and its bytes of shared memory.
+
+    Arguments of the kernel: tensors, one tuple of strides for each in the same order, numbers, constants."""
     compiler, backends = (importlib.import_module(f"triton.{n}") for n in ("compiler", "backends.compiler"))
-    signature, constexprs, attributes = {}, {}, {}
+    signature, constexprs, attributes, aligned = {}, {}, {}, [["tt.divisibility", 16]]
+    tensors = pointers(kernel)
+    types, ranks = {name: word for name, word, _ in tensors}, iter(tensors)
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name], constexprs[i,] = "constexpr", constants[name]
-        elif name[0] == "s" and len(name) <= 3:
-            last = (2 if name == "sk" and "KEEP" in kernel.arg_names else AXES.get(name, 4)) - 1
-            signature[name], constexprs[i, last] = ("i32",) * last + ("constexpr",), 1
-            attributes |= {(i, j): [["tt.divisibility", 16]] for j in range(last) if last == 3}
-        elif name.isupper() and name not in ("M", "N"):
-            signature[name], attributes[i,] = POINTERS.get(name, "*bf16"), [["tt.divisibility", 16]]
+        elif name in types:
+            signature[name], attributes[i,] = TYPES.get(types[name], f"*{dtype}"), aligned
+        elif re.fullmatch("s[a-z]{0,2}", name):
+            *outer, last = next(ranks)[2]
+            signature[name], constexprs[i, len(outer)] = ("i32",) * len(outer) + ("constexpr",), 1
+            if len(outer) >= 3 and last != "1":  # rows of a multiple of 16 numbers
+                attributes |= {(i, j): aligned for j in range(len(outer))}
         else:
-            signature[name] = "fp32" if name.startswith("scale") else "i32"
+            signature[name] = "fp32" if name.startswith(("scale", "eps")) else "i32"
     source = compiler.ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
     done = compiler.compile(source, target=backends.GPUTarget("cuda", arch, 32), options=options)
     return done.asm["cubin"], done.metadata.shared
@@ -52,24 +67,19 @@ def dump(binary: bytes, tool: str, flag: str) -> str:
 
 def jobs() -> Iterator[tuple]:
     """(name, arch, kernel, constants and launch options) of what ships."""
-    names = "masked_attention", "pack_mask"
-    attention, pack = (importlib.import_module(f"{__package__}.{name}") for name in names)
-    for arch, family in ((90, "big"), (80, "small")):
-        for size in attention.HEAD_SIZES:
-            for step in attention.CONFIGS[family]:
-                constants = attention.config(family, step, size)
-                name = f"{step} hd {size} {constants['BM']}x{constants['BN']}"
-                yield name, arch, getattr(attention, f"_{step}_kernel"), constants
-        yield "pack_mask", arch, pack._pack_kernel, dict(WORDS=pack.WORDS, num_warps=4, num_stages=2)
+    for arch in (90, 80):
+        for module in KERNELS:
+            for name, *job in importlib.import_module(f"{__package__}.{module}").ahead_jobs(arch):
+                yield name, arch, *job
 
 
-def rows(only: str = "") -> Iterator[dict]:
-    """A row for each configuration whose name holds `only`; none where triton is not installed."""
+def rows(only: str = "", dtype: str = "bf16", where: str = "sm_") -> Iterator[dict]:
+    """A row for each configuration whose name holds `only` and architecture `where`; none without triton."""
     for name, arch, kernel, constants in jobs() if triton else ():
-        if only not in name:
+        if only not in name or where not in f"sm_{arch}":
             continue
         options = {key: constants.pop(key) for key in ("num_warps", "num_stages")}
-        binary, shared = compile_kernel(kernel, arch, constants, options)
+        binary, shared = compile_kernel(kernel, arch, constants, options, dtype)
         usage, code = dump(binary, "cuobjdump", "-res-usage"), dump(binary, "nvdisasm", "-c")
         registers, *spills = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
         yield {"kernel": name, "arch": f"sm_{arch}", "warps": options["num_warps"], "registers": registers,

@@ -24,6 +24,16 @@ def jit(body):
     return body if triton is None else triton.jit(body)
 
 
+@jit
+def cast(x, dtype: tl.constexpr):
+    """fp32 to dtype, to nearest even; the interpreter cuts bf16 off, so there the bits are rounded first."""
+    if INTERPRET:
+        if dtype == tl.bfloat16:
+            whole = x.to(tl.int32, bitcast=True)
+            x = (whole + 0x7FFF + ((whole >> 16) & 1)).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
 def use_triton(name, tensor, against):
     """True when op `name` runs its Triton kernel; `against` says why these inputs cannot, "" when they can.
 

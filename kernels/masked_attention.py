@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .choose import INTERPRET, jit, tl, triton, use_triton
+from .choose import INTERPRET, cast, jit, tl, triton, use_triton
 
 # Head size -> columns of its two tiles: matrix units want powers of two, and 72 padded to 128 wastes 44 %.
 HEAD_SIZES = {16: (16, 0), 32: (32, 0), 64: (64, 0), 72: (64, 16), 80: (64, 16), 96: (64, 32), 128: (128, 0)}
@@ -70,16 +70,6 @@ def _joint(q, k, v, keep):
 # ---- Triton: pieces. A "pair" is a tile of HD columns cut in D1 + D2; D2 = 0: the second half is unused ----
 
 @jit
-def _cast(x, dtype: tl.constexpr):
-    """fp32 to dtype, to nearest even; the interpreter cuts bf16 off, so there the bits are rounded first."""
-    if INTERPRET:
-        if dtype == tl.bfloat16:
-            whole = x.to(tl.int32, bitcast=True)
-            x = (whole + 0x7FFF + ((whole >> 16) & 1)).to(tl.float32, bitcast=True)
-    return x.to(dtype)
-
-
-@jit
 def _dot(a, b, acc):
     """acc + a @ b in fp32; the interpreter multiplies bf16 as integers, so it gets fp32."""
     if INTERPRET:
@@ -100,7 +90,7 @@ def _dot_pairs(a, b, D2: tl.constexpr):
 @jit
 def _add_pair(acc, p, b, D2: tl.constexpr):
     """acc + p @ b for each half."""
-    p = _cast(p, b[0].dtype)
+    p = cast(p, b[0].dtype)
     two = acc[1]
     if D2 > 0:
         two = _dot(p, b[1], two)
@@ -135,10 +125,10 @@ def _store(at, rows, limit, stride, pair, HD: tl.constexpr, D1: tl.constexpr, D2
     where = at + rows[:, None] * stride[2]
     cols = tl.arange(0, D1)[None, :]
     inside = (rows < limit)[:, None]
-    tl.store(where + cols * stride[3], _cast(pair[0], at.dtype.element_ty), mask=inside)
+    tl.store(where + cols * stride[3], cast(pair[0], at.dtype.element_ty), mask=inside)
     if D2 > 0:
         cols = D1 + tl.arange(0, D2)[None, :]
-        tl.store(where + cols * stride[3], _cast(pair[1], at.dtype.element_ty), mask=inside & (cols < HD))
+        tl.store(where + cols * stride[3], cast(pair[1], at.dtype.element_ty), mask=inside & (cols < HD))
 
 
 @jit
@@ -336,6 +326,16 @@ def config(family, step, head_size):
     rows, keys, warps, stages = table[min(size for size in table if size >= head_size)]
     first, second = HEAD_SIZES[head_size]
     return dict(HD=head_size, D1=first, D2=second, BM=rows, BN=keys, num_warps=warps, num_stages=stages)
+
+
+def ahead_jobs(arch):
+    """(name, kernel, constants and launch options) of what ships for an architecture, 80 or 90."""
+    family = "big" if arch == 90 else "small"
+    for size in HEAD_SIZES:
+        for step, kernel in dict(forward=_forward_kernel, grad_q=_grad_q_kernel,
+                                 grad_kv=_grad_kv_kernel).items():
+            options = config(family, step, size)
+            yield f"{step} hd {size} {options['BM']}x{options['BN']}", kernel, options
 
 
 def _launch(kernel, step, axis, tensors, q, k, bits):

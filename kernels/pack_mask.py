@@ -93,6 +93,11 @@ def launch_pack(mask_logits, grid, prefix_columns, keep, bits):
         prefix_columns, num_keys, bits.shape[2], WORDS=WORDS)
 
 
+def ahead_jobs(arch):
+    """(name, kernel, constants and launch options) of what ships, the same on every architecture."""
+    yield "pack_mask", _pack_kernel, dict(WORDS=WORDS, num_warps=4, num_stages=2)
+
+
 # ---- library op ----
 
 @torch.library.custom_op("nanoeomt::pack_mask", mutates_args=())

@@ -59,6 +59,10 @@ def test_bench_kernels(monkeypatch, capsys, tmp_path):
             assert rows[name]["error"] < 1e-5 and rows[name]["unit"] == "GFLOP/s" and rows[name]["rate"] > 0
     merge = measured(result, "merge of 20 queries")
     assert list(merge) == ["ours", "two F.interpolate"] and merge["ours"]["error"] < 1e-4
+    for case in ("forward, tiny", "forward + backward, tiny"):
+        rows = measured(result, f"upscale, {case}")
+        assert list(rows) == ["ours", "modules"] and rows["modules"]["ours_over_it"] > 0
+        assert "backward" in case or rows["modules"]["error"] < 1e-5
     assert "GPU rows were not run" in text
     if ahead.triton:
         compiled = [row for row in result["rows"] if row["case"] == "ahead of time"]
@@ -244,6 +248,8 @@ def test_mask_by_mask_does_what_the_loader_does(tmp_path):
 
 def test_ahead_lists_every_shipped_configuration():
     names = [(name, arch) for name, arch, _, _ in ahead.jobs()]
-    assert len(names) == len(set(names)) == 2 * (3 * 7 + 1)
+    assert len(names) == len(set(names))
+    for word, count in ((" hd ", 3 * 7), ("pack_mask", 1), ("upscale", 3 * 5)):
+        assert sum(word in name for name, _ in names) == 2 * count, word
     assert {arch for _, arch in names} == {80, 90} and ("pack_mask", 90) in names
     assert np.all([set(constants) >= {"num_warps", "num_stages"} for *_, constants in ahead.jobs()])

@@ -10,7 +10,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from kernels import masked_attention, pack_mask
+from kernels import ahead, masked_attention, pack_mask
 from kernels.choose import INTERPRET, triton
 
 # The package exports functions of the modules' own names.
@@ -548,85 +547,43 @@ def test_interpreter_all_cases():
 
 # ---- ahead of time: what a GPU would run, without one ----
 
-POINTERS = {"BITS": "*i32", "KEEP": "*i1", "LSE": "*fp32", "DELTA": "*fp32"}
-STRIDES = {name: 4 for name in ("sq", "sk", "sv", "so", "sg", "sdq", "sdk", "sdv", "sx")}
-STRIDES |= {name: 3 for name in ("sb", "sl", "sd")}
-
-
-def compile_kernel(kernel, dtype, capability, constants, warps=4, stages=2):
-    """Compile with the specialisation a launch on contiguous, aligned tensors gets."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    signature, constexprs, attributes = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name], constexprs[i,] = "constexpr", constants[name]
-        elif name == "sk" and "KEEP" in kernel.arg_names:
-            signature[name], constexprs[i, 1] = ("i32", "constexpr"), 1
-        elif name in STRIDES:
-            last = STRIDES[name] - 1
-            signature[name], constexprs[i, last] = ("i32",) * last + ("constexpr",), 1
-            if last == 3:
-                attributes |= {(i, j): [["tt.divisibility", 16]] for j in range(last)}
-        elif name.isupper() and len(name) > 1 or name in "QKV":
-            signature[name], attributes[i,] = POINTERS.get(name, "*" + dtype), [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32" if name.startswith("scale") else "i32"
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-
-def tool(name, *arguments, binary):
-    """Output of one of the CUDA tools that come with triton's wheel."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
-        file.flush()
-        where = Path(triton.__file__).parent / "backends/nvidia/bin" / name
-        done = subprocess.run([where, *arguments, file.name], capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
-
-
-def assert_no_spill(binary):
-    usage = tool("cuobjdump", "-res-usage", binary=binary)
-    assert re.search(r"STACK:0\b", usage) and re.search(r"LOCAL:0\b", usage), usage
-
-
-KERNELS = {"forward": "_forward_kernel", "grad_q": "_grad_q_kernel", "grad_kv": "_grad_kv_kernel"}
-GATE = [(capability, size, dtype) for capability in (80, 90) for dtype in ("bf16", "fp16")
+GATE = [(arch, dtype, size) for arch in ("sm_80", "sm_90") for dtype in ("bf16", "fp16")
         for size in attention_module.HEAD_SIZES]
 
 
 @pytest.mark.skipif(triton is None or bool(INTERPRET), reason="wants triton's compiler")
-@pytest.mark.parametrize("capability, size, dtype", [
+@pytest.mark.parametrize("arch, dtype, size", [
     # bf16 always; fp16, the same code but for the conversions, where the models live
-    pytest.param(*case, marks=[pytest.mark.slow] if case[2] == "fp16" and case[1] not in (64, 72) else [])
+    pytest.param(*case, marks=[pytest.mark.slow] if case[1] == "fp16" and case[2] not in (64, 72) else [])
     for case in GATE])
-def test_ahead_of_time_attention(capability, size, dtype):
+def test_ahead_of_time_attention(arch, dtype, size):
     """Every shipped configuration: compiles, no spills, fits shared memory, runs on the matrix units."""
-    # KiB of shared memory: sm_80 has 163, but its table also serves consumer cards with 99.
-    gates = {90: ("big", 227, "wgmma.mma_async"), 80: ("small", 99, "mma.sync")}
-    family, limit, instruction = gates[capability]
-    for step, name in KERNELS.items():
-        options = attention_module.config(family, step, size)
-        warps, stages = options.pop("num_warps"), options.pop("num_stages")
-        kernel = getattr(attention_module, name)
-        done = compile_kernel(kernel, dtype, capability, options, warps, stages)
-        assert_no_spill(done.asm["cubin"])
-        assert done.metadata.shared <= limit * 1024, (step, done.metadata.shared)
-        assert instruction in done.asm["ptx"], step
-        if capability == 90 and dtype == "bf16" and size in (64, 72):
-            assert "HGMMA" in tool("nvdisasm", "-c", binary=done.asm["cubin"]), step
+    rows = list(ahead.rows(f" hd {size} ", dtype, arch))
+    assert len(rows) == 3
+    check_rows(rows)
+    assert all(row["HGMMA" if arch == "sm_90" else "HMMA"] > 0 for row in rows)
 
 
 @pytest.mark.skipif(triton is None or bool(INTERPRET), reason="wants triton's compiler")
-@pytest.mark.parametrize("capability", [80, 90])
-def test_ahead_of_time_pack(capability):
-    for dtype in ("fp32", "bf16", "fp16"):
-        done = compile_kernel(pack_module._pack_kernel, dtype, capability, {"WORDS": pack_module.WORDS})
-        assert_no_spill(done.asm["cubin"])
-        assert done.metadata.shared <= 99 * 1024
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("module", [name for name in ahead.KERNELS if name != "masked_attention"])
+def test_ahead_of_time_other_kernels(module, dtype, arch):
+    rows = list(ahead.rows(module, dtype, arch))
+    assert rows
+    check_rows(rows)
+
+
+def check_rows(rows):
+    # KiB of shared memory: sm_80 has 163, but its configurations also serve consumer cards with 99.
+    for row in rows:
+        assert row["spilled bytes"] == 0, row
+        assert row["shared KiB"] <= (227 if row["arch"] == "sm_90" else 99), row
+
+
+def test_ahead_types_come_from_shape_comments():
+    found = {name: (word, len(axes)) for name, word, axes in ahead.pointers(pack_module._pack_kernel)}
+    assert found == {"LOGITS": ("", 4), "KEEP": ("bool", 2), "BITS": ("int32", 3)}
 
 
 # ---- a real GPU ----

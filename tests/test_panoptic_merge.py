@@ -24,8 +24,6 @@ import eomt
 from kernels import panoptic_merge, restored
 from kernels.choose import INTERPRET, triton
 
-from .test_kernels import assert_no_spill
-
 merge_module = importlib.import_module("kernels.panoptic_merge")  # the package exports a function
 SHIPPED = merge_module.TILE
 
@@ -385,44 +383,6 @@ def test_interpreter_all_cases():
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     passed = int(re.search(r"(\d+) passed", done.stdout)[1])
     assert passed >= 45, done.stdout[-1000:]  # a run that selects nothing must not pass
-
-
-POINTERS = {"SCORES": "*fp32", "OWNER": "*i32", "AREAS": "*i32"}
-STRIDES = {"sl": 3, "ss": 1, "sw": 2, "sa": 2}
-
-
-def compile_kernel(kernel, dtype, arch, constants):
-    """Compile with the specialisation a launch on contiguous, aligned tensors gets."""
-    compiler, backends = (importlib.import_module(f"triton.{n}") for n in ("compiler", "backends.compiler"))
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
-    signature, constexprs, attributes = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name], constexprs[i,] = "constexpr", constants[name]
-        elif name in STRIDES:
-            last = STRIDES[name] - 1
-            signature[name], constexprs[i, last] = ("i32",) * last + ("constexpr",), 1
-        elif name.isupper():
-            signature[name], attributes[i,] = POINTERS.get(name, "*" + dtype), [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32" if name.startswith("scale") else "i32"
-    source = compiler.ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
-    return compiler.compile(source, target=backends.GPUTarget("cuda", arch, 32), options=options)
-
-
-@pytest.mark.skipif(triton is None or bool(INTERPRET), reason="wants triton's compiler")
-@pytest.mark.parametrize("arch", [80, 90])
-def test_ahead_of_time(arch):
-    names = []
-    for name, kernel, constants in merge_module.ahead_jobs(arch):
-        names.append(name)
-        for dtype in ("fp32", "bf16", "fp16"):
-            done = compile_kernel(kernel, dtype, arch, dict(constants))
-            assert_no_spill(done.asm["cubin"])
-            assert done.metadata.shared <= 99 * 1024
-            assert "red.global" in done.asm["ptx"] or "atom.global" in done.asm["ptx"]
-            assert not re.search(r"(red|atom)\.\S*\.f(16|32|64)", done.asm["ptx"])  # integer atomics alone
-    assert len(set(names)) == len(names) == 2
 
 
 @pytest.mark.gpu
