@@ -445,6 +445,8 @@ def parser() -> argparse.ArgumentParser:
     for name, kind, what in OV_OPTIONS:
         top.add_argument(f"--ov-{name}", type=kind, default=None, help=f"{what}; default: the checkpoint's")
     top.add_argument("--out", default="", help="write the numbers as JSON to this file")
+    top.add_argument("--compile", action="store_true", help="with CUDA graphs; pays off for many images")
+    top.add_argument("--fp8", action="store_true", help="the blocks' linear layers in 8-bit floats")
     top.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return top
@@ -569,6 +571,7 @@ def run(args) -> Result:
     if world > 1:
         dist.init_process_group("gloo")
     open_options(model, dataset, args)
+    eomt.accelerate(model, args.fp8, 8 if args.compile else 0)
     if args.sweep:
         return sweep(model, dataset, args, rank, world)
     exports = open_exports(args, task)

@@ -121,6 +121,7 @@ class Config:
     # machine
     amp: str = setting("bf16", "autocast on CUDA: bf16, fp16 (with gradient scaling) or off")
     compile: bool = setting(True, "torch.compile the model on CUDA")
+    recompute: bool = setting(False, "backward makes the blocks' inner values again: less memory, more time")
     deterministic: bool = setting(False, "only repeatable kernels, an error where there is none")
     workers: int = setting(4, "data processes a rank; 0 = in this one")
     seed: int = setting(0, "everything random follows from it")
@@ -166,8 +167,8 @@ QUICK_LORA = dict(steps=100, lr=5e-4, warmup=(0, 20), save_every=100, lora_last_
 # Settings of where and how a run runs: they may differ between a run and its resumption.
 MACHINE = {"timeout", "data", "out", "device_batch_size", "workers", "log_every", "save_every", "eval_every",
            "eval_limit", "resume", "overwrite", "max_bad", "skip_nonfinite", "config", "dry_run", "debug",
-           "profile", "compile", "amp", "deterministic", "init", "base", "encoder_weights", "load_class_head",
-           "text_weights", "tokenizer"}
+           "profile", "recompute", "compile", "amp", "deterministic", "init", "base", "encoder_weights",
+           "load_class_head", "text_weights", "tokenizer"}
 MACHINE |= {name for name in Config.__annotations__ if name.startswith(("ov_", "wandb"))}
 # Option names of the recipe this project grew from -> ours.
 SEED_WORDS = {"OUTPUT_DIR": "--out", "--model.ckpt_path": "--init", "--data.path": "--data",
@@ -781,7 +782,7 @@ class Trainer:
     def __init__(self, cfg, model, device, rank=0, world=1, log=None, sets=None):
         self.cfg, self.raw, self.model, self.device = cfg, model, model, device
         self.rank, self.world, self.log, self.sets = rank, world, log, sets
-        self.accumulate = split_batch(cfg, world)
+        self.accumulate, model.recompute = split_batch(cfg, world), cfg.recompute
         classes = model.class_head.num_seen if cfg.stage else model.config["num_classes"]
         self.criterion = SetLoss(classes, cfg.num_points)
         self.windows = anneal_windows(cfg, model.num_blocks)

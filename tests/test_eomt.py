@@ -659,6 +659,74 @@ def test_segment_sizes_and_determinism():
     assert eomt.segment(model, photos[:1], "instance")[0].masks.shape[1:] == (20, 57)
 
 
+def test_segment_fills_batches_of_a_compiled_model():
+    """Its CUDA graphs know one size: 3 photos, and 7 windows, arrive in fours, with the same results."""
+    model, sizes = tiny(), []
+    model.meta = {"size": 32, "thing": [True, True, False]}
+    photos = [images(3, *size, seed=i) for i, size in enumerate([(20, 57), (32, 32), (32, 200)])]
+    kinds = ("panoptic", "instance", "semantic")
+    want = [eomt.segment(model, photos, kind) for kind in kinds]
+    model.meta["batch"] = 4
+    model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    for kind, before in zip(kinds, want, strict=True):
+        for a, b in zip(eomt.segment(model, photos, kind), before, strict=True):
+            torch.testing.assert_close(a, b)
+    assert set(sizes) == {4}
+
+
+def test_accelerate_without_fp8_is_exact_on_cpu():
+    """Also where DINOv3's unused key bias is folded in."""
+    for encoder in ({}, dict(rope=100.0)):
+        model, pixels = tiny(**encoder), images(2, 3, 32, 32)
+        want = model(pixels)[-1]
+        for a, b in zip(eomt.accelerate(model)(pixels)[-1], want, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("encoder", [{}, dict(rope=100.0), dict(swiglu=True)])
+def test_accelerate_fp8_is_near(encoder):
+    """Every linear layer of the blocks, none outside, and logits off by a few percent."""
+    model, pixels = tiny(**encoder), images(2, 3, 32, 32)
+    want = model(pixels)[-1]
+    eomt.accelerate(model, fp8=True)
+    kept = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert kept == {"class_head", "mask_head.0", "mask_head.2", "mask_head.4"}
+    for a, b in zip(model(pixels)[-1], want, strict=True):
+        assert 1e-3 < (a - b).norm() / b.norm() < 0.15
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("batch", [0, 4])
+def test_gpu_accelerate_equals_autocast(batch):
+    model = tiny().cuda()
+    model.meta = {"size": 32, "thing": [True, True, False]}
+    photos = [images(3, 20, 57), images(3, 32, 32, seed=1)]
+    want = eomt.segment(model, photos, "instance")
+    for a, b in zip(eomt.segment(eomt.accelerate(model, batch=batch), photos, "instance"), want, strict=True):
+        torch.testing.assert_close(a.scores, b.scores, rtol=2e-2, atol=1e-3)
+
+
+def test_recompute_same_gradients():
+    """Bit by bit, and far fewer tensors are kept for backward."""
+    gradients, kept = [], []
+    for recompute in (False, True):
+        model, sizes = tiny().train(), []
+        model.recompute = recompute
+
+        def keep(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            predictions = model(images(2, 3, 32, 48), torch.ones(2), torch.full((2, 2, 6), 0.5))
+        sum((p.masks.square().mean() + p.classes.square().mean()) for p in predictions).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+        kept.append(sum(sizes))
+    assert all(torch.equal(value, gradients[1][name]) for name, value in gradients[0].items())
+    assert kept[1] < 0.6 * kept[0], kept
+
+
 def test_semantic_windows_average():
     """Long image: every window's class scores, averaged where they overlap, against a plain loop."""
     model = tiny()
