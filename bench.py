@@ -269,30 +269,33 @@ def build(run, size):
 
 @torch.no_grad()
 def bench_network(run, size, batch):
-    """The network alone, with bf16 weights on CUDA; the reference is ours in float64."""
+    """The network alone, as `segment` runs it; the reference is ours in float64."""
     model, theirs = build(run, size)
     make = partial(torch.randint, 256, (batch, 3, size, size), dtype=torch.uint8, device=run.device)
     images = [make() for _ in range(3)]  # 3 x (B, 3, S, S)
     want = copy.deepcopy(model).eval().double()(images[0][:1])[-1]
-    dtype = torch.bfloat16 if run.cuda else torch.float32
-    model = model.eval().to(dtype)
-    pixels = [(x.to(dtype) / 255 - model.mean) / model.std for x in images]  # 3 x (B, 3, S, S)
-    networks = {"ours": (lambda x: model(x)[-1], images), "transformers Eomt": None}
+    model, dtype = model.eval(), torch.bfloat16 if run.cuda else torch.float32
+    pixels = [((x / 255 - model.mean) / model.std).to(dtype) for x in images]  # 3 x (B, 3, S, S)
+
+    def ours(**options):
+        fast = eomt.accelerate(copy.deepcopy(model), **options)
+        return lambda i: eomt._network(fast, images[i % 3], None)
+
+    name, calls = "transformers Eomt", {key: "CUDA only" for key in ("ours, compiled", "ours, fp8, compiled")}
+    calls |= {"ours": ours(), f"{name}, compiled": "CUDA only", name: "not installed"}
+    if run.cuda:
+        calls |= {"ours, compiled": ours(batch=batch), "ours, fp8, compiled": ours(fp8=True, batch=batch)}
     if theirs is not None:
         theirs, fields = theirs.eval().to(dtype), ("masks_queries_logits", "class_queries_logits")
-        networks["transformers Eomt"] = (lambda x: itemgetter(*fields)(theirs(pixel_values=x))), pixels
-    calls, errors, work = {}, {}, batch * model_flops(model, size)
-    for name, network in networks.items():
-        calls |= {f"{name}, compiled": "CUDA only", name: "not installed"}
-        if network is not None:
-            call, inputs = network
-            calls[name] = lambda i, f=call, x=inputs: f(x[i % 3])
-            errors[name] = distance([out[:1] for out in call(inputs[0])], want)
-            if run.cuda:
-                fast = torch.compile(call, mode="reduce-overhead")
-                calls[f"{name}, compiled"] = lambda i, f=fast, x=inputs: f(x[i % 3])
-    case = f"network, {run.encoder} {size}, batch {batch}, {dtype}"
-    compare(run, case, calls, work, "GFLOP/s", work / PEAK, errors)
+        rival = lambda i: itemgetter(*fields)(theirs(pixel_values=pixels[i % 3]))  # noqa: E731
+        calls[name] = rival
+    if theirs is not None and run.cuda:
+        fast = torch.compile(theirs, mode="reduce-overhead")
+        calls[f"{name}, compiled"] = lambda i: itemgetter(*fields)(fast(pixel_values=pixels[i % 3]))
+    errors = {key: distance([out[:1] for out in call(0)], want) for key, call in calls.items()
+              if callable(call)}
+    work, title = batch * model_flops(model, size), f"network, {run.encoder} {size}, batch {batch}, {dtype}"
+    compare(run, title, calls, work, "GFLOP/s", work / PEAK, errors)
 
 
 def bench_processing(run):
