@@ -262,7 +262,7 @@ def build(run, size):
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         with tempfile.TemporaryDirectory() as folder:
-            eomt.save_hf(folder, model)
+            eomt.save(folder, model, format="hf")
             theirs = transformers.AutoModelForUniversalSegmentation.from_pretrained(folder).to(run.device)
     return model.to(run.device), theirs
 

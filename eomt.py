@@ -723,7 +723,7 @@ def _segment_semantic(model, image, window, mask_prob, batch):
 _HEADER = "nanoeomt"  # key of our JSON in the safetensors header
 _FILES = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json")
 
-# Our names and those of transformers' Eomt: `read` reads by this table, `save_hf` writes by it.
+# Our names and those of transformers' Eomt: `read` reads by this table, `save` writes by it.
 _HF = (
     ("encoder.cls_token", "embeddings.cls_token"),
     ("encoder.reg_token", "embeddings.register_tokens"),
@@ -1134,8 +1134,14 @@ def load_encoder(encoder: ViT, path: str | Path):
     fill(encoder, state, path, {k.removeprefix("encoder."): v for k, v in meta.get("origin", {}).items()})
 
 
-def save(path: str | Path, model: EoMT, **meta):
-    """Weights and a JSON header {config, meta} in one safetensors file, all that eval and predict need."""
+def save(path: str | Path, model: EoMT, format: str = "nanoeomt", **meta):
+    """Weights and a JSON header {config, meta} in one safetensors file, all that eval and predict need; or
+    format "hf": a folder for transformers' `from_pretrained`, of Eomt, or EomtDinov3 under RoPE, with the
+    class names model.meta["names"]. Raises ValueError for a format, or a model that has no place in it."""
+    if format not in ("nanoeomt", "hf"):
+        raise ValueError(f"format {format}: unknown; nanoeomt or hf")
+    if format == "hf":
+        return _save_hf(path, model)
     config = dict(encoder=model.encoder.config, **model.config)
     if "open" in config:
         rows, width = model.class_head.rows.shape
@@ -1158,10 +1164,9 @@ def _write(path, state, header):
     Path(path).write_bytes(serialise(state, header))  # the library's own file would have mode 0600
 
 
-def save_hf(folder: str | Path, model: EoMT):
-    """config.json and model.safetensors that transformers' Eomt (EomtDinov3 under RoPE) loads with
-    `from_pretrained`; class names are model.meta["names"]. Raises ValueError for what it cannot hold."""
-    assert isinstance(model.encoder, ViT), f"transformers' Eomt has no {type(model.encoder).__name__}"
+def _save_hf(folder, model):
+    if not isinstance(model.encoder, ViT):
+        raise ValueError(f"{folder}: transformers' Eomt has no {type(model.encoder).__name__}; use save()")
     folder, encoder = Path(folder), model.encoder.config
     (height, width), channels, rope, swiglu = (encoder[key] for key in ("grid", "width", "rope", "swiglu"))
     hidden = (8 * channels // 3 + 7) // 8 * 8 if swiglu else 4 * channels  # what EomtConfig computes

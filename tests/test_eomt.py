@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import eomt
-from eomt import ENCODERS, EoMT, ViT, anneal, anneal_windows, load, load_encoder, save, save_hf
+from eomt import ENCODERS, EoMT, ViT, anneal, anneal_windows, load, load_encoder, save
 
 ATOL = 1e-4  # on mask logits of size ~20; a relative tolerance would hide a wrong LayerNorm eps
 
@@ -315,7 +315,7 @@ def test_save_hf_loads_in_transformers(tmp_path, encoder):
     t = transformers()
     ours = randomise(EoMT(ViT(64, 4, 2, registers=3, **encoder), 5, 7, 2)).eval()
     ours.meta = {"names": ["a", "b", "c", "d", "e"]}
-    save_hf(tmp_path / "out", ours)
+    save(tmp_path / "out", ours, format="hf")
     kind = t.EomtDinov3ForUniversalSegmentation if "rope" in encoder else t.EomtForUniversalSegmentation
     theirs, info = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info  # missing, unexpected, mismatched keys, error messages
@@ -332,7 +332,7 @@ def test_save_hf_loads_in_transformers(tmp_path, encoder):
     dict(grid=(4, 5)), dict(swiglu=True, ffn=170), dict(ffn=100), dict(rope=100.0, swiglu=True)])
 def test_save_hf_refuses(tmp_path, encoder):
     with pytest.raises(ValueError, match="transformers has no Eomt like this"):
-        save_hf(tmp_path / "out", EoMT(ViT(64, 2, 1, **{"grid": (4, 4), **encoder}), 5, 7, 1))
+        save(tmp_path / "out", EoMT(ViT(64, 2, 1, **{"grid": (4, 4), **encoder}), 5, 7, 1), format="hf")
     assert not (tmp_path / "out").exists()
 
 
