@@ -37,7 +37,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageEnhance, UnidentifiedImageError
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, UnidentifiedImageError
 from torch import Tensor
 
 import vocab
@@ -602,13 +603,19 @@ def _target(ids, layer, value, labels, crowd, area):
 # Pictures
 
 
-def open_picture(data: bytes, where: str) -> Image.Image:
-    """A decoded picture of 8 bits a channel; `where` starts the message if it cannot be decoded."""
+def open_picture(data: bytes, where: str, shrink: int = 1) -> Image.Image:
+    """A decoded picture of 8 bits a channel; `where` starts the message if it cannot be decoded.
+
+    A JPEG is decoded at 1/shrink (1, 2, 4 or 8) of its sides; `info["size"]` keeps their true lengths.
+    """
     try:
         picture = Image.open(io.BytesIO(data))
+        picture.info["size"] = picture.size
         # Pillow would clip 16 bits without a word
         deep = picture.mode[0] in "IF" or (picture.format == "PNG" and data[24] == 16)
         if not deep:
+            if shrink > 1:
+                picture.draft(None, [max(1, side // shrink) for side in picture.size])
             picture.load()
     except UnidentifiedImageError:  # its own text holds an address, so it is another one each time
         raise ValueError(f"{where}: {len(data)} bytes, not a picture; download it again") from None
@@ -686,44 +693,29 @@ class CocoPanoptic(_Coco):
             prefix = self.pngs.folder(self.stem.rsplit("/", 1)[-1]) or ""
         names = self.table["png_name"]
         self.png_members = self.pngs.locate([prefix + n.decode() for n in names if n], self.problems)
-        self._place = None  # one entry per possible id, made at first use in each process
-
-    def __getstate__(self):
-        return {**self.__dict__, "_place": None}
 
     def target(self, i: int, crowd: bool) -> Target:
         rows = np.arange(*self.table["start"][i:i + 2])
-        ids, where = self.table["id"][rows], self.pngs.where(self.png_members[i])
+        ids, where = np.append(0, self.table["id"][rows]), self.pngs.where(self.png_members[i])
         png = id_map(self.pngs.read(self.png_members[i]), where)  # (H, W)
         if png.shape != tuple(self.hw[i]):
             found, said = f"{png.shape[1]}x{png.shape[0]}", f"{self.hw[i][1]}x{self.hw[i][0]}"
             raise ValueError(f"{where}: PNG {found}, its JSON says {said}; get the matching pair")
-        index = self._places(png, ids)  # (H, W)
-        if np.count_nonzero(index) != np.count_nonzero(png):
-            unknown = png[(index == 0) & (png > 0)][0]
+        # a map is a few thousand runs of one id; each is looked up once
+        start = np.append(0, np.flatnonzero(png.ravel()[1:] != png.ravel()[:-1]) + 1)  # (R,)
+        found, length, order = png.ravel()[start], np.diff(start, append=png.size), np.argsort(ids)
+        index = order[np.searchsorted(ids, found, sorter=order).clip(max=len(rows))]  # (R,), 0 = void
+        for unknown in found[ids[index] != found][:1]:
             raise ValueError(f"{where}: id {unknown} is not in its JSON; get the matching pair")
-        keep = np.ones(len(rows), bool) if crowd else ~self.table["crowd"][rows]
         if crowd:
-            pixels = np.bincount(index.ravel(), minlength=len(rows) + 1)[1:]
+            pixels = np.bincount(index, length, len(ids))[1:]
             for s in np.flatnonzero((pixels == 0) & (self.table["area"][rows] > 0)):
-                raise ValueError(f"{where}: id {ids[s]} of its JSON has no pixels; get the matching pair")
-        elif not keep.all():
-            index *= np.append(True, keep)[index]
-        t = np.flatnonzero(keep)
-        return _target(_layers(index, len(rows)), t // 255, t % 255 + 1, *self._columns(rows[keep]))
-
-    def _places(self, png, ids):
-        """Place of each pixel's id in `ids`, from 1, 0 = none: (H,W) uint8, int32 for more than 255 ids."""
-        if len(ids) > 255:
-            place = np.zeros(1 << 24, np.int32)
-            place[ids] = np.arange(1, len(ids) + 1)
-            return place.take(png)  # (H, W)
-        if self._place is None:
-            self._place = np.zeros(1 << 24, np.uint8)
-        self._place[ids] = np.arange(1, len(ids) + 1)
-        index = self._place.take(png)  # (H, W)
-        self._place[ids] = 0
-        return index
+                raise ValueError(f"{where}: id {ids[s + 1]} of its JSON has no pixels; get the matching pair")
+        keep = np.append(False, crowd | ~self.table["crowd"][rows])
+        index = np.where(keep[index], index, 0).astype(np.uint8 if len(rows) < 256 else np.int32)
+        t = np.flatnonzero(keep) - 1
+        layers = _layers(np.repeat(index, length).reshape(png.shape), len(rows))
+        return _target(layers, t // 255, t % 255 + 1, *self._columns(rows[t]))
 
 
 def _layers(index, count):
@@ -911,46 +903,103 @@ __all__ = ["TASKS", "UNDECODABLE", "Target", "Task", "ZipReader", "detect"]  # b
 
 def oriented(picture: Image.Image, hw: tuple[int, int], where: str) -> Image.Image:
     """The picture, RGB, as its annotation of size `hw` saw it: as stored, or upright by its EXIF tag."""
-    height, width = hw
-    if picture.size != (width, height):
+    (height, width), size = hw, picture.info.get("size", picture.size)
+    if size != (width, height):
         turn = {5: 5, 6: 4, 7: 6, 8: 2}.get(picture.getexif().get(0x0112))  # EXIF orientation -> Transpose
-        if turn is None or picture.size != (height, width):
-            sizes = f"picture {picture.size[0]}x{picture.size[1]}, annotation {width}x{height}"
+        if turn is None or size != (height, width):
+            sizes = f"picture {size[0]}x{size[1]}, annotation {width}x{height}"
             raise ValueError(f"{where}: {sizes}; get the matching pair")
         picture = picture.transpose(turn)
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
-def jitter(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Random brightness, contrast, saturation, hue, each with p = 0.5; contrast before or after others."""
-    def factor(width):
-        return rng.uniform(1 - width, 1 + width) if rng.random() < 0.5 else 1.0
+def _turn_hue(x, sixths):
+    """Hue + `sixths` (below 1) of a sixth of a turn in float32 (3,H,W), whose other HSV values stay.
 
-    def enhance(kind, picture, amount):
-        return picture if amount == 1 else kind(picture).enhance(amount)
+    Around the circle a channel is at the top, slopes to the bottom, stays there, slopes back. So it moves by
+    sixths * (top - bottom), from where the slope would be if it had no ends, down if the channel before it is
+    the smaller neighbour, and is cut to the ends.
+    """
+    x = (x + np.float32(0.5)).astype(np.int16)  # (3, H, W), as are the outputs: half the bytes of float32
+    top, low = np.maximum(np.maximum(x[0], x[1]), x[2]), np.minimum(np.minimum(x[0], x[1]), x[2])  # (H, W)
+    step = (top - low) * round(128 * sixths) + 64 >> 7  # (H, W)
+    up, back = top + low - x[0] - x[1] - x[2] + step, -2 * step  # (H, W)
+    out = np.empty(x.shape, np.float32)  # (3, H, W)
+    for k in range(3):
+        moved = x[k - 1] - x[k - 2]  # (H, W)
+        moved >>= 15  # -1 where it moves down, else 0
+        moved &= back
+        moved += up
+        moved += 2 * x[k]
+        out[k] = np.minimum(np.maximum(moved, low, out=moved), top, out=moved)
+    return out
 
+
+def _grey(x):
+    return np.float32(0.299) * x[0] + np.float32(0.587) * x[1] + np.float32(0.114) * x[2]  # (H, W)
+
+
+def _recolour(x, steps):
+    """float32 (3,H,W) after each (kind, amount, reference): away from the reference, or turned."""
+    for kind, amount, reference in steps:
+        if kind == "hue":
+            x = _turn_hue(x, amount)  # (3, H, W)
+            continue
+        reference = _grey(x) if kind == "saturation" else np.float32(reference)  # (H, W) or a number
+        x *= np.float32(amount)
+        x += reference * np.float32(1 - amount)
+        np.clip(x, 0, 255, out=x)
+    return x
+
+
+def draw_jitter(picture: Image.Image, rng: np.random.Generator) -> list[tuple[str, float, float]]:
+    """Random brightness, contrast, saturation, hue, each with p = 0.5; contrast before or after."""
     # widths 32/255, 0.5, 0.5, 18/360 are SSD's and upstream's
-    picture = enhance(ImageEnhance.Brightness, picture, factor(32 / 255))
-    contrast, contrast_first = factor(0.5), rng.random() < 0.5
-    if contrast_first:
-        picture = enhance(ImageEnhance.Contrast, picture, contrast)
-    picture = enhance(ImageEnhance.Color, picture, factor(0.5))
-    if rng.random() < 0.5:
-        hue, saturation, value = picture.convert("HSV").split()
-        shift = round(rng.uniform(-18, 18) / 360 * 256)
-        hue = hue.point([(level + shift) % 256 for level in range(256)])
-        picture = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
-    return picture if contrast_first else enhance(ImageEnhance.Contrast, picture, contrast)
+    kinds = [("brightness", 32 / 255), ("contrast", 0.5), ("saturation", 0.5), ("hue", 6 * 18 / 360)]
+    kinds.insert(rng.choice((1, 3)), kinds.pop(1))
+    steps, mean = [], 0.0
+    for kind, width in kinds:
+        if rng.random() < 0.5:
+            if kind == "contrast":  # keeps the mean grey of the whole picture
+                small = np.asarray(picture.reduce(8), np.float32).transpose(2, 0, 1).copy()  # (3, H/8, W/8)
+                mean = _grey(_recolour(small, steps)).mean()
+            steps.append((kind, rng.uniform(-width, width) + (kind != "hue"), mean))
+    return steps
+
+
+def jitter(pixels: np.ndarray, steps: Sequence[tuple[str, float, float]]) -> np.ndarray:
+    """Recolours uint8 (3,H,W) in place, by the steps of `draw_jitter`."""
+    for first in range(0, pixels.shape[1] if steps else 0, 64):  # bands that stay in the CPU's cache
+        band = pixels[:, first:first + 64]  # (3, 64, W)
+        band[:] = _recolour(band.astype(np.float32), steps) + np.float32(0.5)
+    return pixels
 
 
 class Window(NamedTuple):
-    """A crop to be: the picture scaled to (height, width), flipped if `flip`, cut at (top, left)."""
+    """A crop to be: a `source` (H,W) scaled to (height, width), flipped if `flip`, cut at (top, left)."""
 
     height: int
     width: int
     top: int
     left: int
     flip: bool
+    source: tuple[int, int]
+
+    @property
+    def shrink(self) -> int:
+        """How much smaller a JPEG may be decoded: what is left is no smaller than the scaled picture."""
+        room = min(self.source[0] // self.height, self.source[1] // self.width)
+        return max(s for s in (1, 2, 4, 8) if s <= max(1, room))
+
+
+def _cut(first, count, side, scaled):
+    """The part of `side` pixels behind `count` of their `scaled` ones from `first` on: start, stop, how many
+    scaled ones come before `first`. The start lies between pixels of both, up to 1/64 of a pixel."""
+    ratio = side / scaled
+    margin = math.ceil(2 * max(1, 1 / ratio))  # a bilinear filter reaches no farther, in scaled pixels
+    begin = int(np.flatnonzero(np.arange(max(1, first - margin + 1)) * ratio % 1 < 1 / 64)[-1])
+    stop = min(math.ceil((first + count + margin) * ratio), math.ceil(side))
+    return int(begin * ratio), stop, first - begin
 
 
 @dataclass(frozen=True)
@@ -958,7 +1007,7 @@ class Augment:
     """Colour jitter, flip, scale, pad, crop to uint8 (3,size,size); drawn until a segment is left.
 
     Scale and crop are drawn first, on the id map alone; then only the surviving window of the picture is
-    resampled. The picture is decoded in full: JPEG's draft mode would change pixels.
+    resampled, and only what comes out of that is recoloured.
     """
 
     size: int
@@ -967,21 +1016,29 @@ class Augment:
 
     def __call__(self, picture: Image.Image, target: Target, rng: np.random.Generator):
         """RGB picture of any size and its target -> Tensor uint8 (3,S,S) and the Target of the crop."""
+        window, target = self.place(target, rng)
+        return self.paint(window, picture, rng), target
+
+    def place(self, target: Target, rng: np.random.Generator) -> tuple[Window, Target]:
+        """A random window, the last of ten or the first with a segment in it, and the Target of its crop."""
         for _ in range(10):
-            window = self.draw(picture.size[1], picture.size[0], rng)
+            window = self.draw(*target.ids.shape[1:], rng)
             ids, kept = self.cut_ids(window, target)
             if kept.any():
                 break
-        picture = jitter(picture, rng) if self.color_jitter else picture
-        image = torch.from_numpy(self.cut_picture(window, picture))  # (3, S, S)
-        return image, replace(target, ids=torch.from_numpy(ids)).keep(kept)
+        return window, replace(target, ids=torch.from_numpy(ids)).keep(kept)
+
+    def paint(self, window: Window, picture: Image.Image, rng: np.random.Generator) -> Tensor:
+        """The crop uint8 (3,S,S) of an RGB picture, which may be window.shrink times smaller than it was."""
+        steps = draw_jitter(picture, rng) if self.color_jitter else []
+        return torch.from_numpy(self.cut_picture(window, picture, steps))
 
     def draw(self, height: int, width: int, rng: np.random.Generator) -> Window:
         """A random window of a picture of this size."""
         ratio = rng.uniform(*self.scale) * min(self.size / height, self.size / width)
         tall, wide = max(1, int(height * ratio)), max(1, int(width * ratio))
         top, left = (int(rng.integers(max(0, side - self.size) + 1)) for side in (tall, wide))
-        return Window(tall, wide, top, left, bool(rng.random() < 0.5))
+        return Window(tall, wide, top, left, bool(rng.random() < 0.5), (height, width))
 
     def cut_ids(self, window: Window, target: Target) -> tuple[np.ndarray, np.ndarray]:
         """Ids uint8 (L,S,S) of the crop, nearest and centre-aligned; which segments are in it, bool (T,)."""
@@ -993,22 +1050,30 @@ class Augment:
         columns = (2 * x + 1) * width // (2 * window.width)
         columns = width - 1 - columns if window.flip else columns
         ids = np.zeros((len(source), self.size, self.size), np.uint8)  # (L, S, S)
-        ids[:, :len(y), :len(x)] = source.take(rows, 1).take(columns, 2)
+        if window.height > height:  # rows that come more than once are built once
+            part = source[:, rows[0]:rows[-1] + 1].take(columns, 2).take(rows - rows[0], 1)
+        else:
+            part = source.take(rows, 1).take(columns, 2)
+        ids[:, :len(y), :len(x)] = part
         # Pillow counts bytes three times faster than bincount
         present = np.array([Image.fromarray(layer).histogram() for layer in ids]) > 0  # (L, 256)
         return ids, present[target.layer.numpy(), target.value.numpy()]
 
-    def cut_picture(self, window: Window, picture: Image.Image) -> np.ndarray:
-        """The crop uint8 (3,S,S), bilinear with antialias, zero beyond the scaled picture."""
-        width, height = picture.size
+    def cut_picture(self, window: Window, picture: Image.Image, steps=()) -> np.ndarray:
+        """The crop uint8 (3,S,S), recoloured, bilinear with antialias, zero beyond the scaled picture."""
+        height, width = window.source
+        shrink = 1 if picture.size == (width, height) else window.shrink
         rows, columns = min(self.size, window.height - window.top), min(self.size, window.width - window.left)
         left = window.width - window.left - columns if window.flip else window.left
-        x, y = width / window.width, height / window.height
-        top, bottom = window.top * y, min((window.top + rows) * y, height)
-        right = min((left + columns) * x, width)
-        cut = picture.resize((columns, rows), Image.Resampling.BILINEAR, (left * x, top, right, bottom))
-        lines = np.frombuffer(cut.tobytes("raw", "RGB;L"), np.uint8).reshape(rows, 3, columns)
-        lines = lines.transpose(1, 0, 2)  # (3, rows, columns)
+        top, bottom, y = _cut(window.top, rows, height / shrink, window.height)
+        left, right, x = _cut(left, columns, width / shrink, window.width)
+        part = picture.crop((left, top, right, bottom))
+        part = jitter(np.stack(part.split()), steps) if steps else np.array(part).transpose(2, 0, 1)
+        # a ratio a little too large: its product with the sides is rounded down
+        ratio = [(a + 1e-3) * shrink / b for a, b in zip(window[:2], window.source, strict=True)]
+        part = torch.from_numpy(part)[None]  # (1, 3, h, w)
+        part = F.interpolate(part, scale_factor=ratio, mode="bilinear", antialias=True)
+        lines = part[0, :, y:y + rows, x:x + columns].numpy()  # (3, rows, columns)
         canvas = np.zeros((3, self.size, self.size), np.uint8)  # (3, S, S)
         canvas[:, :rows, :columns] = lines[:, :, ::-1] if window.flip else lines
         return canvas
@@ -1092,13 +1157,17 @@ class SegmentDataset(torch.utils.data.Dataset):
         i, source = int(self.index[index]), self.source
         where = source.images.where(source.members[i])
         target = source.target(i, crowd=rng is None)
-        picture = open_picture(source.images.read(source.members[i]), where)
-        picture = oriented(picture, tuple(target.ids.shape[1:]), where)
+        hw, shrink = tuple(target.ids.shape[1:]), 1
+        if rng is not None:
+            if len(self.hidden):
+                target = target.keep(~np.isin(target.labels.numpy(), self.hidden))
+            window, target = self.transform.place(target, rng)
+            shrink = window.shrink
+        picture = oriented(open_picture(source.images.read(source.members[i]), where, shrink), hw, where)
         if rng is None:
             image = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()  # (3, H, W)
         else:
-            target = target.keep(~np.isin(target.labels.numpy(), self.hidden))
-            image, target = self.transform(picture, target, rng)
+            image = self.transform.paint(window, picture, rng)
         return Sample(image, target, source.names[i].decode(), int(source.image_ids[i]))
 
     def class_counts(self) -> np.ndarray:
@@ -1187,16 +1256,18 @@ def _alive(batches):
         return
     try:
         yield from batches
+        return
     except (ValueError, RuntimeError, OSError, EOFError) as error:
-        text = str(error).strip() or type(error).__name__
-        if "in DataLoader worker process" in text:  # the data set's own error, with a traceback before it
-            raise ValueError(text.splitlines()[-1].split("Error: ", 1)[-1]) from None
-        try:  # torch's signal handler also raises: let it do so here, not amid the caller's clean-up
-            time.sleep(1)
-        except RuntimeError as signalled:
-            text = str(signalled)
-        reason = text.splitlines()[0].strip()
-        raise RuntimeError(f"a data worker died ({reason}); use fewer --workers, or more memory") from None
+        # its frames gone, and raised below, it holds no loader: the workers end now, and are deaf later
+        text = str(error.with_traceback(None)).strip() or type(error).__name__
+    if "in DataLoader worker process" in text:  # the data set's own error, with a traceback before it
+        raise ValueError(text.splitlines()[-1].split("Error: ", 1)[-1])
+    try:  # torch's signal handler also raises: let it do so here, not amid the caller's clean-up
+        time.sleep(1)
+    except RuntimeError as signalled:
+        text = str(signalled)
+    reason = text.splitlines()[0].strip()
+    raise RuntimeError(f"a data worker died ({reason}); use fewer --workers, or more memory")
 
 
 def _deaf(worker: int):

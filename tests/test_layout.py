@@ -30,7 +30,7 @@ HOUSE = {
     "eval.py": ("torch numpy tqdm PIL", "data eomt metrics siglip2 lora losses vocab", 600),
     "predict.py": ("torch numpy PIL tqdm +onnxruntime", "data eomt metrics siglip2 lora losses vocab", 400),
     "train.py": ("torch numpy +wandb +tokenizers", "data eomt eval predict losses siglip2 lora vocab", 1220),
-    "bench.py": ("torch numpy", "data eomt eval predict losses metrics siglip2 lora vocab kernels", 610),
+    "bench.py": ("torch numpy PIL", "data eomt eval predict losses metrics siglip2 lora vocab kernels", 610),
 }
 KERNEL_LINES = 450
 FOLDERS = {"kernels", "tests", "assets"}
