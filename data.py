@@ -49,8 +49,7 @@ JSON_LIMIT = 1 << 30  # COCO's largest JSON has 0.45 GB
 NESTED_LIMIT = 1 << 34  # COCO's largest nested zip has 0.8 GB
 ENCRYPTED, NO_CRC = 99, -1  # in the columns `method` and `crc`
 
-# ----------------------------------------------------------------------------------------------------
-# Cache
+# ---- Cache -------------------------------------------------------------------------------------------------
 
 
 def cache_dir() -> Path:
@@ -85,8 +84,7 @@ def write_atomically(target: Path, write) -> None:
             os.unlink(temporary)
 
 
-# ----------------------------------------------------------------------------------------------------
-# Names
+# ---- Names -------------------------------------------------------------------------------------------------
 
 
 def _junk(name):
@@ -147,8 +145,7 @@ class _Names:
         return [n[len(prefix):] for n in names if n.startswith(prefix) and n.lower().endswith(ends)]
 
 
-# ----------------------------------------------------------------------------------------------------
-# Readers
+# ---- Readers -----------------------------------------------------------------------------------------------
 
 
 class ZipReader(_Names):
@@ -247,9 +244,6 @@ class _File(io.RawIOBase):
 
     def seekable(self):
         return True
-
-    def tell(self):
-        return self.at
 
     def seek(self, offset, whence=io.SEEK_SET):
         self.at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.reader.length}[whence]
@@ -352,8 +346,7 @@ def mount(root: str | Path, folders: Sequence[str], archives: Sequence[str] = ()
 UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error,
                Image.DecompressionBombError)
 
-# ----------------------------------------------------------------------------------------------------
-# Tasks
+# ---- Tasks -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -407,8 +400,7 @@ PAIRS = {
                           ("", ".png"), (255,)),
 }
 
-# ----------------------------------------------------------------------------------------------------
-# Annotation JSON, parsed once into flat arrays
+# ---- Annotation JSON, parsed once into flat arrays ---------------------------------------------------------
 
 
 class Table:
@@ -425,8 +417,6 @@ class Table:
     def __reduce__(self):
         return Table, (self.path,)
 
-    def problems(self):
-        return [line.decode() for line in self.arrays["problems"]]
 
 
 def load_table(reader: Reader, member: str, parse) -> Table:
@@ -543,8 +533,7 @@ def _counts(rle):
     return rle["counts"] if isinstance(rle["counts"], list) else rle_counts(rle_decode(rle))
 
 
-# ----------------------------------------------------------------------------------------------------
-# Ground truth of one image
+# ---- Ground truth of one image -----------------------------------------------------------------------------
 
 
 @dataclass
@@ -599,8 +588,7 @@ def _target(ids, layer, value, labels, crowd, area):
     return Target(*(torch.from_numpy(np.ascontiguousarray(column, kind)) for column, kind in columns))
 
 
-# ----------------------------------------------------------------------------------------------------
-# Pictures
+# ---- Pictures ----------------------------------------------------------------------------------------------
 
 
 def open_picture(data: bytes, where: str, shrink: int = 1) -> Image.Image:
@@ -661,7 +649,7 @@ def coco_table(root: str | Path, kind: str, split: str) -> tuple[Table, Reader, 
 class _Coco:
     def __init__(self, root, task, split, kind):
         self.table, self.reader, self.stem = coco_table(root, kind, split)
-        self.problems = self.table.problems()
+        self.problems = [line.decode() for line in self.table["problems"]]
         self.image_ids, self.hw, self.names = (self.table[k] for k in ("image_id", "hw", "image_name"))
         self.images, prefix = mount(root, [f"{split}2017", f"images/{split}2017", f"images/{split}", split])
         self.members = self.images.locate([prefix + n.decode() for n in self.names], self.problems)
@@ -834,14 +822,7 @@ class AdePanoptic(LabelPairs):
 SOURCES = {"coco_panoptic": CocoPanoptic, "coco_instance": CocoInstance, "ade20k_panoptic": AdePanoptic,
            **dict.fromkeys(PAIRS, LabelPairs)}
 
-
-def open_source(root: str | Path, task: Task, split: str):
-    """The ground truth of one split; raises if a file is missing, lists smaller faults in `problems`."""
-    return SOURCES[task.layout](root, task, split)
-
-
-# ----------------------------------------------------------------------------------------------------
-# Which task is it?
+# ---- Which task is it? -------------------------------------------------------------------------------------
 
 
 def detect(root: str | Path) -> Task:
@@ -854,7 +835,7 @@ def detect(root: str | Path) -> Task:
     for name in ("ade20k_panoptic", "ade20k_semantic", "cityscapes_semantic"):
         for split in ("val", "train"):
             try:
-                open_source(root, TASKS[name], split)
+                SOURCES[TASKS[name].layout](root, TASKS[name], split)
             except FileNotFoundError:
                 continue
             return TASKS[name]
@@ -895,10 +876,7 @@ def _labels_task(root):
     return replace(TASKS["ade20k_semantic"], name="own_semantic", layout="own_semantic", vocabulary=own)
 
 
-__all__ = ["TASKS", "UNDECODABLE", "Target", "Task", "ZipReader", "detect"]  # beside what this file defines
-
-# ----------------------------------------------------------------------------------------------------
-# Augmentation
+# ---- Augmentation ------------------------------------------------------------------------------------------
 
 
 def oriented(picture: Image.Image, hw: tuple[int, int], where: str) -> Image.Image:
@@ -913,12 +891,15 @@ def oriented(picture: Image.Image, hw: tuple[int, int], where: str) -> Image.Ima
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
+GREY = np.array([0.299, 0.587, 0.114], np.float32)
+
+
 def _turn_hue(x, sixths):
     """Hue + `sixths` (below 1) of a sixth of a turn in float32 (3,H,W), whose other HSV values stay.
 
-    Around the circle a channel is at the top, slopes to the bottom, stays there, slopes back. So it moves by
-    sixths * (top - bottom), from where the slope would be if it had no ends, down if the channel before it is
-    the smaller neighbour, and is cut to the ends.
+    Around the circle a channel is at the top, slopes to the bottom, stays there, slopes back. It moves by
+    sixths * (top - bottom) from where an endless slope would be, down if the channel before it is the smaller
+    neighbour, and is cut to the ends.
     """
     x = (x + np.float32(0.5)).astype(np.int16)  # (3, H, W), as are the outputs: half the bytes of float32
     top, low = np.maximum(np.maximum(x[0], x[1]), x[2]), np.minimum(np.minimum(x[0], x[1]), x[2])  # (H, W)
@@ -926,52 +907,39 @@ def _turn_hue(x, sixths):
     up, back = top + low - x[0] - x[1] - x[2] + step, -2 * step  # (H, W)
     out = np.empty(x.shape, np.float32)  # (3, H, W)
     for k in range(3):
-        moved = x[k - 1] - x[k - 2]  # (H, W)
-        moved >>= 15  # -1 where it moves down, else 0
-        moved &= back
-        moved += up
-        moved += 2 * x[k]
-        out[k] = np.minimum(np.maximum(moved, low, out=moved), top, out=moved)
+        moved = (x[k - 1] - x[k - 2] >> 15 & back) + up + 2 * x[k]  # (H, W); >> 15: all bits if down
+        out[k] = np.minimum(np.maximum(moved, low), top)
     return out
 
 
-def _grey(x):
-    return np.float32(0.299) * x[0] + np.float32(0.587) * x[1] + np.float32(0.114) * x[2]  # (H, W)
-
-
-def _recolour(x, steps):
-    """float32 (3,H,W) after each (kind, amount, reference): away from the reference, or turned."""
-    for kind, amount, reference in steps:
-        if kind == "hue":
-            x = _turn_hue(x, amount)  # (3, H, W)
-            continue
-        reference = _grey(x) if kind == "saturation" else np.float32(reference)  # (H, W) or a number
-        x *= np.float32(amount)
-        x += reference * np.float32(1 - amount)
-        np.clip(x, 0, 255, out=x)
-    return x
-
-
 def draw_jitter(picture: Image.Image, rng: np.random.Generator) -> list[tuple[str, float, float]]:
-    """Random brightness, contrast, saturation, hue, each with p = 0.5; contrast before or after."""
+    """Random brightness, contrast (before or after the others), saturation, hue, each with p = 0.5: steps of
+    (kind, amount, mean grey of the whole picture just before)."""
     # widths 32/255, 0.5, 0.5, 18/360 are SSD's and upstream's
     kinds = [("brightness", 32 / 255), ("contrast", 0.5), ("saturation", 0.5), ("hue", 6 * 18 / 360)]
     kinds.insert(rng.choice((1, 3)), kinds.pop(1))
     steps, mean = [], 0.0
-    for kind, width in kinds:
-        if rng.random() < 0.5:
-            if kind == "contrast":  # keeps the mean grey of the whole picture
-                small = np.asarray(picture.reduce(8), np.float32).transpose(2, 0, 1).copy()  # (3, H/8, W/8)
-                mean = _grey(_recolour(small, steps)).mean()
-            steps.append((kind, rng.uniform(-width, width) + (kind != "hue"), mean))
+    for kind, width in (one for one in kinds if rng.random() < 0.5):
+        if kind == "contrast":
+            small = np.stack(picture.reduce(8).split())  # (3, H/8, W/8)
+            mean = float(GREY @ jitter(small, steps).mean((1, 2)))
+        steps.append((kind, rng.uniform(-width, width) + (kind != "hue"), mean))
     return steps
 
 
 def jitter(pixels: np.ndarray, steps: Sequence[tuple[str, float, float]]) -> np.ndarray:
-    """Recolours uint8 (3,H,W) in place, by the steps of `draw_jitter`."""
+    """Recolours uint8 (3,H,W), any part of a picture, in place, by the steps of `draw_jitter`."""
     for first in range(0, pixels.shape[1] if steps else 0, 64):  # bands that stay in the CPU's cache
-        band = pixels[:, first:first + 64]  # (3, 64, W)
-        band[:] = _recolour(band.astype(np.float32), steps) + np.float32(0.5)
+        x = pixels[:, first:first + 64].astype(np.float32)  # (3, 64, W)
+        for kind, amount, mean in steps:
+            if kind == "hue":
+                x = _turn_hue(x, amount)  # (3, 64, W)
+            else:  # away from black, from the mean grey, or from each pixel's
+                origin = np.tensordot(GREY, x, 1) if kind == "saturation" else mean * (kind == "contrast")
+                x *= np.float32(amount)
+                x += np.float32(1 - amount) * origin
+                np.clip(x, 0, 255, out=x)
+        pixels[:, first:first + 64] = x + np.float32(0.5)
     return pixels
 
 
@@ -984,12 +952,7 @@ class Window(NamedTuple):
     left: int
     flip: bool
     source: tuple[int, int]
-
-    @property
-    def shrink(self) -> int:
-        """How much smaller a JPEG may be decoded: what is left is no smaller than the scaled picture."""
-        room = min(self.source[0] // self.height, self.source[1] // self.width)
-        return max(s for s in (1, 2, 4, 8) if s <= max(1, room))
+    shrink: int  # 1, 2, 4 or 8: how much smaller a JPEG may be decoded, and nothing be enlarged for it
 
 
 def _cut(first, count, side, scaled):
@@ -1017,7 +980,7 @@ class Augment:
     def __call__(self, picture: Image.Image, target: Target, rng: np.random.Generator):
         """RGB picture of any size and its target -> Tensor uint8 (3,S,S) and the Target of the crop."""
         window, target = self.place(target, rng)
-        return self.paint(window, picture, rng), target
+        return torch.from_numpy(self.cut_picture(window, picture, rng)), target
 
     def place(self, target: Target, rng: np.random.Generator) -> tuple[Window, Target]:
         """A random window, the last of ten or the first with a segment in it, and the Target of its crop."""
@@ -1028,17 +991,13 @@ class Augment:
                 break
         return window, replace(target, ids=torch.from_numpy(ids)).keep(kept)
 
-    def paint(self, window: Window, picture: Image.Image, rng: np.random.Generator) -> Tensor:
-        """The crop uint8 (3,S,S) of an RGB picture, which may be window.shrink times smaller than it was."""
-        steps = draw_jitter(picture, rng) if self.color_jitter else []
-        return torch.from_numpy(self.cut_picture(window, picture, steps))
-
     def draw(self, height: int, width: int, rng: np.random.Generator) -> Window:
         """A random window of a picture of this size."""
         ratio = rng.uniform(*self.scale) * min(self.size / height, self.size / width)
         tall, wide = max(1, int(height * ratio)), max(1, int(width * ratio))
         top, left = (int(rng.integers(max(0, side - self.size) + 1)) for side in (tall, wide))
-        return Window(tall, wide, top, left, bool(rng.random() < 0.5), (height, width))
+        shrink = max(s for s in (1, 2, 4, 8) if s == 1 or s * tall <= height and s * wide <= width)
+        return Window(tall, wide, top, left, bool(rng.random() < 0.5), (height, width), shrink)
 
     def cut_ids(self, window: Window, target: Target) -> tuple[np.ndarray, np.ndarray]:
         """Ids uint8 (L,S,S) of the crop, nearest and centre-aligned; which segments are in it, bool (T,)."""
@@ -1050,17 +1009,16 @@ class Augment:
         columns = (2 * x + 1) * width // (2 * window.width)
         columns = width - 1 - columns if window.flip else columns
         ids = np.zeros((len(source), self.size, self.size), np.uint8)  # (L, S, S)
-        if window.height > height:  # rows that come more than once are built once
-            part = source[:, rows[0]:rows[-1] + 1].take(columns, 2).take(rows - rows[0], 1)
-        else:
-            part = source.take(rows, 1).take(columns, 2)
-        ids[:, :len(y), :len(x)] = part
+        ids[:, :len(y), :len(x)] = source.take(rows, 1).take(columns, 2)
         # Pillow counts bytes three times faster than bincount
         present = np.array([Image.fromarray(layer).histogram() for layer in ids]) > 0  # (L, 256)
         return ids, present[target.layer.numpy(), target.value.numpy()]
 
-    def cut_picture(self, window: Window, picture: Image.Image, steps=()) -> np.ndarray:
-        """The crop uint8 (3,S,S), recoloured, bilinear with antialias, zero beyond the scaled picture."""
+    def cut_picture(self, window: Window, picture: Image.Image, rng=None) -> np.ndarray:
+        """The crop uint8 (3,S,S), recoloured, bilinear with antialias, zero beyond the scaled picture.
+
+        An RGB picture may be window.shrink times smaller than the window's source.
+        """
         height, width = window.source
         shrink = 1 if picture.size == (width, height) else window.shrink
         rows, columns = min(self.size, window.height - window.top), min(self.size, window.width - window.left)
@@ -1068,6 +1026,7 @@ class Augment:
         top, bottom, y = _cut(window.top, rows, height / shrink, window.height)
         left, right, x = _cut(left, columns, width / shrink, window.width)
         part = picture.crop((left, top, right, bottom))
+        steps = draw_jitter(picture, rng) if self.color_jitter else []
         part = jitter(np.stack(part.split()), steps) if steps else np.array(part).transpose(2, 0, 1)
         # a ratio a little too large: its product with the sides is rounded down
         ratio = [(a + 1e-3) * shrink / b for a, b in zip(window[:2], window.source, strict=True)]
@@ -1079,8 +1038,7 @@ class Augment:
         return canvas
 
 
-# ----------------------------------------------------------------------------------------------------
-# Data set
+# ---- Data set ----------------------------------------------------------------------------------------------
 
 
 class Sample(NamedTuple):
@@ -1124,7 +1082,7 @@ class SegmentDataset(torch.utils.data.Dataset):
             raise ValueError(f"split {split!r}, policy {policy!r}; give train or val, void or drop")
         self.task, self.split, self.transform = find_task(root, task), split, transform
         self.hidden = np.array(sorted(hidden), np.int64)
-        self.source = open_source(root, self.task, split)
+        self.source = SOURCES[self.task.layout](root, self.task, split)
         if problems := self.source.problems:
             rest = f" (and {len(problems) - 1} more, see python data.py {root})" if len(problems) > 1 else ""
             raise ValueError(problems[0] + rest)
@@ -1167,7 +1125,7 @@ class SegmentDataset(torch.utils.data.Dataset):
         if rng is None:
             image = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()  # (3, H, W)
         else:
-            image = self.transform.paint(window, picture, rng)
+            image = torch.from_numpy(self.transform.cut_picture(window, picture, rng))
         return Sample(image, target, source.names[i].decode(), int(source.image_ids[i]))
 
     def class_counts(self) -> np.ndarray:
@@ -1176,8 +1134,7 @@ class SegmentDataset(torch.utils.data.Dataset):
         return np.bincount(label[np.isin(image, self.index)], minlength=len(self.task.vocabulary.ids))
 
 
-# ----------------------------------------------------------------------------------------------------
-# Batches
+# ---- Batches -----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -1190,35 +1147,30 @@ class Batch:
     faults: list[str]
 
 
-class Packed(NamedTuple):
-    """Samples in two tensors: each that leaves a worker costs a file descriptor, often of only 1024."""
+def pack(samples: Sequence[Sample]) -> tuple:
+    """Samples -> the form that leaves a worker: few tensors, as each costs a file descriptor, often of 1024.
 
-    pixels: Tensor  # uint8 (bytes,) every image, then every id map
-    numbers: Tensor  # float64 (T_all, 5): layer, value, label, crowd, area
-    shapes: list  # image shapes, then id map shapes
-    counts: list  # T of each sample
-    rest: list  # (name, image_id, faults) of each sample
-
-
-def pack(samples: Sequence[Sample]) -> Packed:
-    """Samples -> the form that travels from a worker."""
+    Pixels uint8 (bytes,): images, then id maps; numbers float64 (T_all, 5): layer, value, label, crowd, area;
+    the shapes of the pixels; T of each sample; (name, image_id, faults) of each sample.
+    """
     targets = [s.target for s in samples]
     maps = [s.image for s in samples] + [t.ids for t in targets]
     columns = [(t.layer, t.value, t.labels, t.crowd, t.area) for t in targets]
     rows = [torch.stack([column.double() for column in five], 1) for five in columns]
-    return Packed(torch.cat([m.flatten() for m in maps]), torch.cat(rows), [tuple(m.shape) for m in maps],
-                  [len(t.labels) for t in targets], [(s.name, s.image_id, s.faults) for s in samples])
+    return (torch.cat([m.flatten() for m in maps]), torch.cat(rows), [tuple(m.shape) for m in maps],
+            [len(t.labels) for t in targets], [(s.name, s.image_id, s.faults) for s in samples])
 
 
-def unpack(packed: Packed) -> list[Sample]:
+def unpack(packed: tuple) -> list[Sample]:
     """The samples back; pixels are views."""
-    flat = packed.pixels.split([math.prod(shape) for shape in packed.shapes])
-    maps = [part.view(*shape) for part, shape in zip(flat, packed.shapes, strict=True)]
+    pixels, numbers, shapes, counts, rest = packed
+    flat = pixels.split([math.prod(shape) for shape in shapes])
+    maps = [part.view(*shape) for part, shape in zip(flat, shapes, strict=True)]
     samples = []
-    for k, rows in enumerate(packed.numbers.split(packed.counts)):
+    for k, rows in enumerate(numbers.split(counts)):
         layer, value, labels = rows[:, :3].long().unbind(1)
-        target = Target(maps[len(packed.counts) + k], layer, value, labels, rows[:, 3].bool(), rows[:, 4])
-        samples.append(Sample(maps[k], target, *packed.rest[k]))
+        target = Target(maps[len(counts) + k], layer, value, labels, rows[:, 3].bool(), rows[:, 4])
+        samples.append(Sample(maps[k], target, *rest[k]))
     return samples
 
 
@@ -1228,8 +1180,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 def _batch(packed):
-    samples, shape = unpack(packed), packed.shapes[0]
-    images = packed.pixels[:len(samples) * math.prod(shape)].view(-1, *shape)  # (B, 3, S, S)
+    samples, pixels, shape = unpack(packed), packed[0], packed[2][0]
+    images = pixels[:len(samples) * math.prod(shape)].view(-1, *shape)  # (B, 3, S, S)
     faults = [fault for s in samples for fault in s.faults]
     return Batch(images, [s.target for s in samples], [s.name for s in samples], faults)
 
@@ -1450,15 +1402,14 @@ def write_shapes(root: str | Path, vocabulary: Vocabulary, train: int = 2000, va
             instance_zip.writestr(f"annotations/instances_{split}2017.json", json.dumps(instances))
 
 
-# ----------------------------------------------------------------------------------------------------
-# The check of a data folder
+# ---- The check of a data folder ----------------------------------------------------------------------------
 
 
 def check(root: str | Path, task: Task | str = "auto", split: str = "val", decode: bool = False) -> list[str]:
     """Everything wrong with one split, one line each; `decode` also reads every picture and mask."""
     try:
         task = find_task(root, task)
-        problems = open_source(root, task, split).problems
+        problems = SOURCES[task.layout](root, task, split).problems
         if problems or not decode:
             return problems
         dataset = SegmentDataset(root, task, split)

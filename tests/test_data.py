@@ -461,7 +461,7 @@ def test_cut_resamples_only_the_window(size, scaled):
     augment = Augment(96)
     taken = []
     for top in range(0, max(1, scaled - 96), 7):
-        window = data.Window(scaled, scaled, top, 0, False, (size, size))
+        window = data.Window(scaled, scaled, top, 0, False, (size, size), 1)
         start, stop, skipped = data._cut(top, min(96, scaled), size, scaled)
         assert 0 <= start <= top * size / scaled and abs((top - skipped) * size / scaled - start) < 1 / 64
         lines = np.asarray(picture).copy()
