@@ -27,6 +27,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageEnhance
 
 import data
 import eomt
@@ -103,8 +104,8 @@ def show(run, case, name, samples, ratio=None, work=0.0, unit="image/s", floor=N
 
 def distance(got, want) -> float:
     """Largest ||got - want|| / ||want|| of pairs of tensors."""
-    pairs = zip(got, want, strict=True)
-    return max(((g.double() - w.double()).norm() / w.double().norm()).item() for g, w in pairs)
+    got, want = ([x.double() for x in tensors] for tensors in (got, want))
+    return max(((g - w).norm() / w.norm()).item() for g, w in zip(got, want, strict=True))
 
 
 def optional(name):
@@ -419,41 +420,50 @@ def open_photos(run, stack, size, jitter=False) -> data.SegmentDataset:
     return data.SegmentDataset(folder, task, "train", data.Augment(size, color_jitter=jitter))
 
 
+def pillow_jitter(picture, steps):
+    """Steps of data.draw_jitter as torchvision does them to pictures: by Pillow, on all of the picture."""
+    for kind, amount, _ in steps:
+        if kind == "hue":
+            hue, *rest = picture.convert("HSV").split()
+            hue = hue.point([(level + round(amount / 6 * 256)) % 256 for level in range(256)])
+            picture = Image.merge("HSV", (hue, *rest)).convert("RGB")
+        else:
+            enhancer = getattr(ImageEnhance, {"saturation": "Color"}.get(kind, kind.capitalize()))
+            picture = enhancer(picture).enhance(amount)
+    return picture
+
+
 def mask_by_mask(dataset, key):
-    """The usual pipeline in plain Pillow and numpy: the picture and one 0/1 mask per segment, each flipped,
-    resized, padded and cropped by itself; from a panoptic data set."""
-    (epoch, index, seed), source, augment, Image = key, dataset.source, dataset.transform, data.Image
+    """The usual pipeline in the calls that torchvision makes: a full-size bool mask per segment, then flip,
+    resize (bool by way of float32), pad and crop of the picture, jittered before, and of all masks."""
+    (epoch, index, seed), source, augment = key, dataset.source, dataset.transform
     rng, rows = np.random.default_rng((seed, epoch, index)), slice(*source.table["start"][index:index + 2])
-    picture = Image.open(io.BytesIO(source.images.read(source.members[index]))).convert("RGB")
-    png = np.array(Image.open(io.BytesIO(source.pngs.read(source.png_members[index])))).astype(np.int64)
-    ids = png[..., 0] + 256 * png[..., 1] + 65536 * png[..., 2]  # (H, W)
-    window = augment.draw(picture.height, picture.width, rng)
-
-    def place(image, resample):
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if window.flip else image
-        image = image.resize((window.width, window.height), resample)
-        canvas = Image.new(image.mode, (max(augment.size, image.width), max(augment.size, image.height)))
-        canvas.paste(image)
-        box = window.left, window.top, window.left + augment.size, window.top + augment.size
-        return torch.from_numpy(np.array(canvas.crop(box)))
-
-    image = place(data.jitter(picture, rng), Image.Resampling.BILINEAR).permute(2, 0, 1).contiguous()
-    masks = [Image.fromarray(ids == k) for k in source.table["id"][rows].tolist()]
-    masks = torch.stack([place(mask, Image.Resampling.NEAREST) for mask in masks])  # (T, S, S)
+    files = source.images.read(source.members[index]), source.pngs.read(source.png_members[index])
+    photo, png = (Image.open(io.BytesIO(file)).convert("RGB") for file in files)
+    window, size = augment.draw(photo.height, photo.width, rng), augment.size
+    photo = pillow_jitter(photo, data.draw_jitter(photo, rng)) if augment.color_jitter else photo
+    image = torch.from_numpy(np.array(photo)).permute(2, 0, 1)  # (3, H, W)
+    ids = torch.from_numpy(np.array(png)).long() @ torch.tensor([1, 256, 65536])  # (H, W)
+    masks = torch.stack([ids == k for k in source.table["id"][rows].tolist()])  # (T, H, W)
+    image, masks = (x.flip(-1) if window.flip else x for x in (image, masks))
+    image = F.interpolate(image[None], window[:2], mode="bilinear", antialias=True)[0]  # (3, h, w)
+    masks = F.interpolate(masks.float()[None], window[:2], mode="nearest-exact")[0].bool()  # (T, h, w)
+    box = -window.left, window.left + size - window.width, -window.top, window.top + size - window.height
+    image, masks = F.pad(image, box).contiguous(), F.pad(masks, box)  # (3, S, S), (T, S, S)
     return image, masks[masks.flatten(1).any(1)]
 
 
 def bench_data(run, size, batch):
-    """Training crops with colour jitter, in this process, on the same random windows."""
+    """Training crops without and with colour jitter, in this process, of the same images."""
     with contextlib.ExitStack() as stack:
-        dataset = open_photos(run, stack, size, jitter=True)
-        stream = data.loader(dataset, batch, 10**6)
-        calls = {"ours": lambda i: next(stream), "mask by mask": lambda i: [
-            mask_by_mask(dataset, key) for key in data.positions(len(dataset), batch, 0, i)]}
-        if dataset.task.layout != "coco_panoptic":
-            calls["mask by mask"] = "panoptic data only"
-        title = f"{batch} training crops of {size} from {run.data or 'procedural photos'}, one core"
-        compare(run, title, calls, batch)
+        for jitter in (False, True):
+            stream = data.loader(dataset := open_photos(run, stack, size, jitter), batch, 10**6)
+            calls = {"ours": lambda i, s=stream: next(s), "mask by mask": lambda i, d=dataset: [
+                mask_by_mask(d, key) for key in data.positions(len(d), batch, 0, i)]}
+            if dataset.task.layout != "coco_panoptic":
+                calls["mask by mask"] = "panoptic data only"
+            case = f"{batch} training crops of {size} with{'' if jitter else 'out'} jitter"
+            compare(run, f"{case} from {run.data or 'procedural photos'}, one core", calls, batch)
 
 
 # ---- metrics -----------------------------------------------------------------------------------------------
@@ -462,7 +472,6 @@ def quietly(call):
     def inner(i):
         with contextlib.redirect_stdout(io.StringIO()):
             return call(i)
-
     return inner
 
 

@@ -39,7 +39,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageEnhance, UnidentifiedImageError
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, UnidentifiedImageError
 from torch import Tensor
 
 import vocab
@@ -50,8 +51,7 @@ JSON_LIMIT = 1 << 30  # COCO's largest JSON has 0.45 GB
 NESTED_LIMIT = 1 << 34  # COCO's largest nested zip has 0.8 GB
 ENCRYPTED, NO_CRC = 99, -1  # in the columns `method` and `crc`
 
-# ----------------------------------------------------------------------------------------------------
-# Cache
+# ---- Cache -------------------------------------------------------------------------------------------------
 
 
 def cache_dir() -> Path:
@@ -86,8 +86,7 @@ def write_atomically(target: Path, write) -> None:
             os.unlink(temporary)
 
 
-# ----------------------------------------------------------------------------------------------------
-# Names
+# ---- Names -------------------------------------------------------------------------------------------------
 
 
 def _junk(name):
@@ -148,8 +147,7 @@ class _Names:
         return [n[len(prefix):] for n in names if n.startswith(prefix) and n.lower().endswith(ends)]
 
 
-# ----------------------------------------------------------------------------------------------------
-# Readers
+# ---- Readers -----------------------------------------------------------------------------------------------
 
 
 class ZipReader(_Names):
@@ -248,9 +246,6 @@ class _File(io.RawIOBase):
 
     def seekable(self):
         return True
-
-    def tell(self):
-        return self.at
 
     def seek(self, offset, whence=io.SEEK_SET):
         self.at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.reader.length}[whence]
@@ -353,8 +348,7 @@ def mount(root: str | Path, folders: Sequence[str], archives: Sequence[str] = ()
 UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error,
                Image.DecompressionBombError)
 
-# ----------------------------------------------------------------------------------------------------
-# Tasks
+# ---- Tasks -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -409,8 +403,7 @@ PAIRS = {
                           ("", ".png"), (255,)),
 }
 
-# ----------------------------------------------------------------------------------------------------
-# Annotation JSON, parsed once into flat arrays
+# ---- Annotation JSON, parsed once into flat arrays ---------------------------------------------------------
 
 
 class Table:
@@ -427,8 +420,6 @@ class Table:
     def __reduce__(self):
         return Table, (self.path,)
 
-    def problems(self):
-        return [line.decode() for line in self.arrays["problems"]]
 
 
 def load_table(reader: Reader, member: str, parse) -> Table:
@@ -545,8 +536,7 @@ def _counts(rle):
     return rle["counts"] if isinstance(rle["counts"], list) else rle_counts(rle_decode(rle))
 
 
-# ----------------------------------------------------------------------------------------------------
-# Ground truth of one image
+# ---- Ground truth of one image -----------------------------------------------------------------------------
 
 
 @dataclass
@@ -601,17 +591,22 @@ def _target(ids, layer, value, labels, crowd, area):
     return Target(*(torch.from_numpy(np.ascontiguousarray(column, kind)) for column, kind in columns))
 
 
-# ----------------------------------------------------------------------------------------------------
-# Pictures
+# ---- Pictures ----------------------------------------------------------------------------------------------
 
 
-def open_picture(data: bytes, where: str) -> Image.Image:
-    """A decoded picture of 8 bits a channel; `where` starts the message if it cannot be decoded."""
+def open_picture(data: bytes, where: str, shrink: int = 1) -> Image.Image:
+    """A decoded picture of 8 bits a channel; `where` starts the message if it cannot be decoded.
+
+    A JPEG is decoded at 1/shrink (1, 2, 4 or 8) of its sides; `info["size"]` keeps their true lengths.
+    """
     try:
         picture = Image.open(io.BytesIO(data))
+        picture.info["size"] = picture.size
         # Pillow would clip 16 bits without a word
         deep = picture.mode[0] in "IF" or (picture.format == "PNG" and data[24] == 16)
         if not deep:
+            if shrink > 1:
+                picture.draft(None, [max(1, side // shrink) for side in picture.size])
             picture.load()
     except UnidentifiedImageError:  # its own text holds an address, so it is another one each time
         raise ValueError(f"{where}: {len(data)} bytes, not a picture; download it again") from None
@@ -657,7 +652,7 @@ def coco_table(root: str | Path, kind: str, split: str) -> tuple[Table, Reader, 
 class _Coco:
     def __init__(self, root, task, split, kind):
         self.table, self.reader, self.stem = coco_table(root, kind, split)
-        self.problems = self.table.problems()
+        self.problems = [line.decode() for line in self.table["problems"]]
         self.image_ids, self.hw, self.names = (self.table[k] for k in ("image_id", "hw", "image_name"))
         self.images, prefix = mount(root, [f"{split}2017", f"images/{split}2017", f"images/{split}", split])
         self.members = self.images.locate([prefix + n.decode() for n in self.names], self.problems)
@@ -690,44 +685,29 @@ class CocoPanoptic(_Coco):
             prefix = self.pngs.folder(self.stem.rsplit("/", 1)[-1]) or ""
         names = self.table["png_name"]
         self.png_members = self.pngs.locate([prefix + n.decode() for n in names if n], self.problems)
-        self._place = None  # one entry per possible id, made at first use in each process
-
-    def __getstate__(self):
-        return {**self.__dict__, "_place": None}
 
     def target(self, i: int, crowd: bool) -> Target:
         rows = np.arange(*self.table["start"][i:i + 2])
-        ids, where = self.table["id"][rows], self.pngs.where(self.png_members[i])
+        ids, where = np.append(0, self.table["id"][rows]), self.pngs.where(self.png_members[i])
         png = id_map(self.pngs.read(self.png_members[i]), where)  # (H, W)
         if png.shape != tuple(self.hw[i]):
             found, said = f"{png.shape[1]}x{png.shape[0]}", f"{self.hw[i][1]}x{self.hw[i][0]}"
             raise ValueError(f"{where}: PNG {found}, its JSON says {said}; get the matching pair")
-        index = self._places(png, ids)  # (H, W)
-        if np.count_nonzero(index) != np.count_nonzero(png):
-            unknown = png[(index == 0) & (png > 0)][0]
+        # a map is a few thousand runs of one id; each is looked up once
+        start = np.append(0, np.flatnonzero(png.ravel()[1:] != png.ravel()[:-1]) + 1)  # (R,)
+        found, length, order = png.ravel()[start], np.diff(start, append=png.size), np.argsort(ids)
+        index = order[np.searchsorted(ids, found, sorter=order).clip(max=len(rows))]  # (R,), 0 = void
+        for unknown in found[ids[index] != found][:1]:
             raise ValueError(f"{where}: id {unknown} is not in its JSON; get the matching pair")
-        keep = np.ones(len(rows), bool) if crowd else ~self.table["crowd"][rows]
         if crowd:
-            pixels = np.bincount(index.ravel(), minlength=len(rows) + 1)[1:]
+            pixels = np.bincount(index, length, len(ids))[1:]
             for s in np.flatnonzero((pixels == 0) & (self.table["area"][rows] > 0)):
-                raise ValueError(f"{where}: id {ids[s]} of its JSON has no pixels; get the matching pair")
-        elif not keep.all():
-            index *= np.append(True, keep)[index]
-        t = np.flatnonzero(keep)
-        return _target(_layers(index, len(rows)), t // 255, t % 255 + 1, *self._columns(rows[keep]))
-
-    def _places(self, png, ids):
-        """Place of each pixel's id in `ids`, from 1, 0 = none: (H,W) uint8, int32 for more than 255 ids."""
-        if len(ids) > 255:
-            place = np.zeros(1 << 24, np.int32)
-            place[ids] = np.arange(1, len(ids) + 1)
-            return place.take(png)  # (H, W)
-        if self._place is None:
-            self._place = np.zeros(1 << 24, np.uint8)
-        self._place[ids] = np.arange(1, len(ids) + 1)
-        index = self._place.take(png)  # (H, W)
-        self._place[ids] = 0
-        return index
+                raise ValueError(f"{where}: id {ids[s + 1]} of its JSON has no pixels; get the matching pair")
+        keep = np.append(False, crowd | ~self.table["crowd"][rows])
+        index = np.where(keep[index], index, 0).astype(np.uint8 if len(rows) < 256 else np.int32)
+        t = np.flatnonzero(keep) - 1
+        layers = _layers(np.repeat(index, length).reshape(png.shape), len(rows))
+        return _target(layers, t // 255, t % 255 + 1, *self._columns(rows[t]))
 
 
 def _layers(index, count):
@@ -847,14 +827,7 @@ class AdePanoptic(LabelPairs):
 SOURCES = {"coco_panoptic": CocoPanoptic, "coco_instance": CocoInstance, "ade20k_panoptic": AdePanoptic,
            **dict.fromkeys(PAIRS, LabelPairs)}
 
-
-def open_source(root: str | Path, task: Task, split: str):
-    """The ground truth of one split; raises if a file is missing, lists smaller faults in `problems`."""
-    return SOURCES[task.layout](root, task, split)
-
-
-# ----------------------------------------------------------------------------------------------------
-# Which task is it?
+# ---- Which task is it? -------------------------------------------------------------------------------------
 
 
 def detect(root: str | Path) -> Task:
@@ -867,7 +840,7 @@ def detect(root: str | Path) -> Task:
     for name in ("ade20k_panoptic", "ade20k_semantic", "cityscapes_semantic"):
         for split in ("val", "train"):
             try:
-                open_source(root, TASKS[name], split)
+                SOURCES[TASKS[name].layout](root, TASKS[name], split)
             except FileNotFoundError:
                 continue
             return TASKS[name]
@@ -908,54 +881,93 @@ def _labels_task(root):
     return replace(TASKS["ade20k_semantic"], name="own_semantic", layout="own_semantic", vocabulary=own)
 
 
-__all__ = ["TASKS", "UNDECODABLE", "Target", "Task", "ZipReader", "detect"]  # beside what this file defines
-
-# ----------------------------------------------------------------------------------------------------
-# Augmentation
+# ---- Augmentation ------------------------------------------------------------------------------------------
 
 
 def oriented(picture: Image.Image, hw: tuple[int, int], where: str) -> Image.Image:
     """The picture, RGB, as its annotation of size `hw` saw it: as stored, or upright by its EXIF tag."""
-    height, width = hw
-    if picture.size != (width, height):
+    (height, width), size = hw, picture.info.get("size", picture.size)
+    if size != (width, height):
         turn = {5: 5, 6: 4, 7: 6, 8: 2}.get(picture.getexif().get(0x0112))  # EXIF orientation -> Transpose
-        if turn is None or picture.size != (height, width):
-            sizes = f"picture {picture.size[0]}x{picture.size[1]}, annotation {width}x{height}"
+        if turn is None or size != (height, width):
+            sizes = f"picture {size[0]}x{size[1]}, annotation {width}x{height}"
             raise ValueError(f"{where}: {sizes}; get the matching pair")
         picture = picture.transpose(turn)
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
-def jitter(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Random brightness, contrast, saturation, hue, each with p = 0.5; contrast before or after others."""
-    def factor(width):
-        return rng.uniform(1 - width, 1 + width) if rng.random() < 0.5 else 1.0
+GREY = np.array([0.299, 0.587, 0.114], np.float32)
 
-    def enhance(kind, picture, amount):
-        return picture if amount == 1 else kind(picture).enhance(amount)
 
+def _turn_hue(x, sixths):
+    """Hue + `sixths` (below 1) of a sixth of a turn in float32 (3,H,W), whose other HSV values stay.
+
+    Around the circle a channel is at the top, slopes to the bottom, stays there, slopes back. It moves by
+    sixths * (top - bottom) from where an endless slope would be, down if the channel before it is the smaller
+    neighbour, and is cut to the ends.
+    """
+    x = (x + np.float32(0.5)).astype(np.int16)  # (3, H, W), as are the outputs: half the bytes of float32
+    top, low = np.maximum(np.maximum(x[0], x[1]), x[2]), np.minimum(np.minimum(x[0], x[1]), x[2])  # (H, W)
+    step = (top - low) * round(128 * sixths) + 64 >> 7  # (H, W)
+    up, back = top + low - x[0] - x[1] - x[2] + step, -2 * step  # (H, W)
+    out = np.empty(x.shape, np.float32)  # (3, H, W)
+    for k in range(3):
+        moved = (x[k - 1] - x[k - 2] >> 15 & back) + up + 2 * x[k]  # (H, W); >> 15: all bits if down
+        out[k] = np.minimum(np.maximum(moved, low), top)
+    return out
+
+
+def draw_jitter(picture: Image.Image, rng: np.random.Generator) -> list[tuple[str, float, float]]:
+    """Random brightness, contrast (before or after the others), saturation, hue, each with p = 0.5: steps of
+    (kind, amount, mean grey of the whole picture just before)."""
     # widths 32/255, 0.5, 0.5, 18/360 are SSD's and upstream's
-    picture = enhance(ImageEnhance.Brightness, picture, factor(32 / 255))
-    contrast, contrast_first = factor(0.5), rng.random() < 0.5
-    if contrast_first:
-        picture = enhance(ImageEnhance.Contrast, picture, contrast)
-    picture = enhance(ImageEnhance.Color, picture, factor(0.5))
-    if rng.random() < 0.5:
-        hue, saturation, value = picture.convert("HSV").split()
-        shift = round(rng.uniform(-18, 18) / 360 * 256)
-        hue = hue.point([(level + shift) % 256 for level in range(256)])
-        picture = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
-    return picture if contrast_first else enhance(ImageEnhance.Contrast, picture, contrast)
+    kinds = [("brightness", 32 / 255), ("contrast", 0.5), ("saturation", 0.5), ("hue", 6 * 18 / 360)]
+    kinds.insert(rng.choice((1, 3)), kinds.pop(1))
+    steps, mean = [], 0.0
+    for kind, width in (one for one in kinds if rng.random() < 0.5):
+        if kind == "contrast":
+            small = np.stack(picture.reduce(8).split())  # (3, H/8, W/8)
+            mean = float(GREY @ jitter(small, steps).mean((1, 2)))
+        steps.append((kind, rng.uniform(-width, width) + (kind != "hue"), mean))
+    return steps
+
+
+def jitter(pixels: np.ndarray, steps: Sequence[tuple[str, float, float]]) -> np.ndarray:
+    """Recolours uint8 (3,H,W), any part of a picture, in place, by the steps of `draw_jitter`."""
+    for first in range(0, pixels.shape[1] if steps else 0, 64):  # bands that stay in the CPU's cache
+        x = pixels[:, first:first + 64].astype(np.float32)  # (3, 64, W)
+        for kind, amount, mean in steps:
+            if kind == "hue":
+                x = _turn_hue(x, amount)  # (3, 64, W)
+            else:  # away from black, from the mean grey, or from each pixel's
+                origin = np.tensordot(GREY, x, 1) if kind == "saturation" else mean * (kind == "contrast")
+                x *= np.float32(amount)
+                x += np.float32(1 - amount) * origin
+                np.clip(x, 0, 255, out=x)
+        pixels[:, first:first + 64] = x + np.float32(0.5)
+    return pixels
 
 
 class Window(NamedTuple):
-    """A crop to be: the picture scaled to (height, width), flipped if `flip`, cut at (top, left)."""
+    """A crop to be: a `source` (H,W) scaled to (height, width), flipped if `flip`, cut at (top, left)."""
 
     height: int
     width: int
     top: int
     left: int
     flip: bool
+    source: tuple[int, int]
+    shrink: int  # 1, 2, 4 or 8: how much smaller a JPEG may be decoded, and nothing be enlarged for it
+
+
+def _cut(first, count, side, scaled):
+    """The part of `side` pixels behind `count` of their `scaled` ones from `first` on: start, stop, how many
+    scaled ones come before `first`. The start lies between pixels of both, up to 1/64 of a pixel."""
+    ratio = side / scaled
+    margin = math.ceil(2 * max(1, 1 / ratio))  # a bilinear filter reaches no farther, in scaled pixels
+    begin = int(np.flatnonzero(np.arange(max(1, first - margin + 1)) * ratio % 1 < 1 / 64)[-1])
+    stop = min(math.ceil((first + count + margin) * ratio), math.ceil(side))
+    return int(begin * ratio), stop, first - begin
 
 
 @dataclass(frozen=True)
@@ -963,7 +975,7 @@ class Augment:
     """Colour jitter, flip, scale, pad, crop to uint8 (3,size,size); drawn until a segment is left.
 
     Scale and crop are drawn first, on the id map alone; then only the surviving window of the picture is
-    resampled. The picture is decoded in full: JPEG's draft mode would change pixels.
+    resampled, and only what comes out of that is recoloured.
     """
 
     size: int
@@ -972,21 +984,25 @@ class Augment:
 
     def __call__(self, picture: Image.Image, target: Target, rng: np.random.Generator):
         """RGB picture of any size and its target -> Tensor uint8 (3,S,S) and the Target of the crop."""
+        window, target = self.place(target, rng)
+        return torch.from_numpy(self.cut_picture(window, picture, rng)), target
+
+    def place(self, target: Target, rng: np.random.Generator) -> tuple[Window, Target]:
+        """A random window, the last of ten or the first with a segment in it, and the Target of its crop."""
         for _ in range(10):
-            window = self.draw(picture.size[1], picture.size[0], rng)
+            window = self.draw(*target.ids.shape[1:], rng)
             ids, kept = self.cut_ids(window, target)
             if kept.any():
                 break
-        picture = jitter(picture, rng) if self.color_jitter else picture
-        image = torch.from_numpy(self.cut_picture(window, picture))  # (3, S, S)
-        return image, replace(target, ids=torch.from_numpy(ids)).keep(kept)
+        return window, replace(target, ids=torch.from_numpy(ids)).keep(kept)
 
     def draw(self, height: int, width: int, rng: np.random.Generator) -> Window:
         """A random window of a picture of this size."""
         ratio = rng.uniform(*self.scale) * min(self.size / height, self.size / width)
         tall, wide = max(1, int(height * ratio)), max(1, int(width * ratio))
         top, left = (int(rng.integers(max(0, side - self.size) + 1)) for side in (tall, wide))
-        return Window(tall, wide, top, left, bool(rng.random() < 0.5))
+        shrink = max(s for s in (1, 2, 4, 8) if s == 1 or s * tall <= height and s * wide <= width)
+        return Window(tall, wide, top, left, bool(rng.random() < 0.5), (height, width), shrink)
 
     def cut_ids(self, window: Window, target: Target) -> tuple[np.ndarray, np.ndarray]:
         """Ids uint8 (L,S,S) of the crop, nearest and centre-aligned; which segments are in it, bool (T,)."""
@@ -1003,24 +1019,31 @@ class Augment:
         present = np.array([Image.fromarray(layer).histogram() for layer in ids]) > 0  # (L, 256)
         return ids, present[target.layer.numpy(), target.value.numpy()]
 
-    def cut_picture(self, window: Window, picture: Image.Image) -> np.ndarray:
-        """The crop uint8 (3,S,S), bilinear with antialias, zero beyond the scaled picture."""
-        width, height = picture.size
+    def cut_picture(self, window: Window, picture: Image.Image, rng=None) -> np.ndarray:
+        """The crop uint8 (3,S,S), recoloured, bilinear with antialias, zero beyond the scaled picture.
+
+        An RGB picture may be window.shrink times smaller than the window's source.
+        """
+        height, width = window.source
+        shrink = 1 if picture.size == (width, height) else window.shrink
         rows, columns = min(self.size, window.height - window.top), min(self.size, window.width - window.left)
         left = window.width - window.left - columns if window.flip else window.left
-        x, y = width / window.width, height / window.height
-        top, bottom = window.top * y, min((window.top + rows) * y, height)
-        right = min((left + columns) * x, width)
-        cut = picture.resize((columns, rows), Image.Resampling.BILINEAR, (left * x, top, right, bottom))
-        lines = np.frombuffer(cut.tobytes("raw", "RGB;L"), np.uint8).reshape(rows, 3, columns)
-        lines = lines.transpose(1, 0, 2)  # (3, rows, columns)
+        top, bottom, y = _cut(window.top, rows, height / shrink, window.height)
+        left, right, x = _cut(left, columns, width / shrink, window.width)
+        part = picture.crop((left, top, right, bottom))
+        steps = draw_jitter(picture, rng) if self.color_jitter else []
+        part = jitter(np.stack(part.split()), steps) if steps else np.array(part).transpose(2, 0, 1)
+        # a ratio a little too large: its product with the sides is rounded down
+        ratio = [(a + 1e-3) * shrink / b for a, b in zip(window[:2], window.source, strict=True)]
+        part = torch.from_numpy(part)[None]  # (1, 3, h, w)
+        part = F.interpolate(part, scale_factor=ratio, mode="bilinear", antialias=True)
+        lines = part[0, :, y:y + rows, x:x + columns].numpy()  # (3, rows, columns)
         canvas = np.zeros((3, self.size, self.size), np.uint8)  # (3, S, S)
         canvas[:, :rows, :columns] = lines[:, :, ::-1] if window.flip else lines
         return canvas
 
 
-# ----------------------------------------------------------------------------------------------------
-# Data set
+# ---- Data set ----------------------------------------------------------------------------------------------
 
 
 class Sample(NamedTuple):
@@ -1064,7 +1087,7 @@ class SegmentDataset(torch.utils.data.Dataset):
             raise ValueError(f"split {split!r}, policy {policy!r}; give train or val, void or drop")
         self.task, self.split, self.transform = find_task(root, task), split, transform
         self.hidden = np.array(sorted(hidden), np.int64)
-        self.source = open_source(root, self.task, split)
+        self.source = SOURCES[self.task.layout](root, self.task, split)
         if problems := self.source.problems:
             rest = f" (and {len(problems) - 1} more, see python data.py {root})" if len(problems) > 1 else ""
             raise ValueError(problems[0] + rest)
@@ -1097,13 +1120,17 @@ class SegmentDataset(torch.utils.data.Dataset):
         i, source = int(self.index[index]), self.source
         where = source.images.where(source.members[i])
         target = source.target(i, crowd=rng is None)
-        picture = open_picture(source.images.read(source.members[i]), where)
-        picture = oriented(picture, tuple(target.ids.shape[1:]), where)
+        hw, shrink = tuple(target.ids.shape[1:]), 1
+        if rng is not None:
+            if len(self.hidden):
+                target = target.keep(~np.isin(target.labels.numpy(), self.hidden))
+            window, target = self.transform.place(target, rng)
+            shrink = window.shrink
+        picture = oriented(open_picture(source.images.read(source.members[i]), where, shrink), hw, where)
         if rng is None:
             image = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()  # (3, H, W)
         else:
-            target = target.keep(~np.isin(target.labels.numpy(), self.hidden))
-            image, target = self.transform(picture, target, rng)
+            image = torch.from_numpy(self.transform.cut_picture(window, picture, rng))
         return Sample(image, target, source.names[i].decode(), int(source.image_ids[i]))
 
     def class_counts(self) -> np.ndarray:
@@ -1112,8 +1139,7 @@ class SegmentDataset(torch.utils.data.Dataset):
         return np.bincount(label[np.isin(image, self.index)], minlength=len(self.task.vocabulary.ids))
 
 
-# ----------------------------------------------------------------------------------------------------
-# Batches
+# ---- Batches -----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -1124,43 +1150,33 @@ class Batch:
     targets: list[Target]
     names: list[str]
     faults: list[str]
-    packed: "Packed"
+    packed: list  # as `pack` made it
 
 
-class Packed(NamedTuple):
-    """Samples in two tensors: each that leaves a worker costs a file descriptor, often of only 1024."""
+def pack(samples: Sequence[Sample]) -> tuple:
+    """Samples -> the form that leaves a worker: few tensors, as each costs a file descriptor, often of 1024.
 
-    pixels: Tensor  # uint8 (bytes,) every image, then every id map
-    numbers: Tensor  # float64 (T_all, 5): layer, value, label, crowd, area
-    shapes: list  # image shapes, then id map shapes
-    counts: list  # T of each sample
-    rest: list  # (name, image_id, faults) of each sample
-
-    def to(self, device: torch.device) -> "Packed":
-        """On another device: two copies, however many targets there are."""
-        pixels, numbers, *others = self
-        return Packed(pixels.to(device, non_blocking=True), numbers.to(device, non_blocking=True), *others)
-
-
-def pack(samples: Sequence[Sample]) -> Packed:
-    """Samples -> the form that travels from a worker."""
+    Pixels uint8 (bytes,): images, then id maps; numbers float64 (T_all, 5): layer, value, label, crowd, area;
+    the shapes of the pixels; T of each sample; (name, image_id, faults) of each sample.
+    """
     targets = [s.target for s in samples]
     maps = [s.image for s in samples] + [t.ids for t in targets]
     columns = [(t.layer, t.value, t.labels, t.crowd, t.area) for t in targets]
     rows = [torch.stack([column.double() for column in five], 1) for five in columns]
-    return Packed(torch.cat([m.flatten() for m in maps]), torch.cat(rows), [tuple(m.shape) for m in maps],
-                  [len(t.labels) for t in targets], [(s.name, s.image_id, s.faults) for s in samples])
+    return (torch.cat([m.flatten() for m in maps]), torch.cat(rows), [tuple(m.shape) for m in maps],
+            [len(t.labels) for t in targets], [(s.name, s.image_id, s.faults) for s in samples])
 
 
-def unpack(packed: Packed) -> list[Sample]:
+def unpack(packed: tuple) -> list[Sample]:
     """The samples back; pixels are views."""
-    flat = packed.pixels.split([math.prod(shape) for shape in packed.shapes])
-    maps = [part.view(*shape) for part, shape in zip(flat, packed.shapes, strict=True)]
+    pixels, numbers, shapes, counts, rest = packed
+    flat = pixels.split([math.prod(shape) for shape in shapes])
+    maps = [part.view(*shape) for part, shape in zip(flat, shapes, strict=True)]
     samples = []
-    for k, rows in enumerate(packed.numbers.split(packed.counts)):
+    for k, rows in enumerate(numbers.split(counts)):
         layer, value, labels = rows[:, :3].long().unbind(1)
-        target = Target(maps[len(packed.counts) + k], layer, value, labels, rows[:, 3].bool(), rows[:, 4])
-        samples.append(Sample(maps[k], target, *packed.rest[k]))
+        target = Target(maps[len(counts) + k], layer, value, labels, rows[:, 3].bool(), rows[:, 4])
+        samples.append(Sample(maps[k], target, *rest[k]))
     return samples
 
 
@@ -1170,10 +1186,10 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 def _batch(packed):
-    samples, shape = unpack(packed), packed.shapes[0]
-    images = packed.pixels[:len(samples) * math.prod(shape)].view(-1, *shape)  # (B, 3, S, S)
+    samples, pixels, shape = unpack(packed), packed[0], packed[2][0]
+    images = pixels[:len(samples) * math.prod(shape)].view(-1, *shape)  # (B, 3, S, S)
     faults = [fault for s in samples for fault in s.faults]
-    return Batch(images, [s.target for s in samples], [s.name for s in samples], faults, packed)
+    return Batch(images, [s.target for s in samples], [s.name for s in samples], faults, list(packed))
 
 
 def staged(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
@@ -1187,8 +1203,8 @@ def staged(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
             torch.cuda.current_stream(device).wait_stream(copies)
             for tensor in packed[:2]:
                 tensor.record_stream(torch.cuda.current_stream(device))  # its memory is free after that
-        with torch.cuda.stream(copies):
-            ready = batch and batch.packed.to(device)
+        with torch.cuda.stream(copies):  # two copies, however many targets there are
+            ready = batch and [t.to(device, non_blocking=True) for t in batch.packed[:2]] + batch.packed[2:]
         if packed:
             yield _batch(packed)
 
@@ -1437,14 +1453,14 @@ def write_shapes(root: str | Path, vocabulary: Vocabulary, train: int = 2000, va
             instance_zip.writestr(f"annotations/instances_{split}2017.json", json.dumps(instances))
 
 
-# ----------------------------------------------------------------------------------------------------
-# The check of a data folder
+# ---- The check of a data folder ----------------------------------------------------------------------------
 
 
 def check(root: str | Path, task: Task | str = "auto", split: str = "val", decode: bool = False) -> list[str]:
     """Everything wrong with one split, one line each; `decode` also reads every picture and mask."""
     try:
-        problems = open_source(root, find_task(root, task), split).problems
+        task = find_task(root, task)
+        problems = SOURCES[task.layout](root, task, split).problems
         if problems or not decode:
             return problems
         dataset = SegmentDataset(root, task, split)

@@ -1,6 +1,7 @@
 """Reading, augmentation and batches, on data made here; real samples are used where present."""
 
 # SPDX-License-Identifier: MIT
+import colorsys
 import io
 import json
 import multiprocessing
@@ -18,8 +19,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, JpegImagePlugin
 
+import bench
 import data
 import vocab
 from data import TASKS, Augment, FolderReader, SegmentDataset, Target, ZipReader
@@ -354,19 +356,121 @@ def test_jitter_is_off_by_default_and_bounded():
     loud = [Augment(40, (1, 1), True)(picture, target, np.random.default_rng(s))[0] for s in range(40)]
     assert len({p.numpy().tobytes() for p in loud}) > 25
     grey = Image.new("RGB", (8, 8), (100, 100, 100))
-    values = np.array([np.asarray(data.jitter(grey, np.random.default_rng(s)))[0, 0] for s in range(2000)])
+
+    def jitter(picture, seed):
+        """Colour (3,) of the first pixel."""
+        pixels = np.asarray(picture).transpose(2, 0, 1).copy()
+        return data.jitter(pixels, data.draw_jitter(picture, np.random.default_rng(seed)))[:, 0, 0]
+
+    values = np.array([jitter(grey, s) for s in range(2000)])
     # grey has no hue or saturation and contrast leaves its mean: only brightness moves it, by 32/255
     assert (np.ptp(values, axis=1) == 0).all() and 87 <= values.min() < 90 and 110 < values.max() <= 113
     assert 0.48 < (values[:, 0] == 100).mean() < 0.6  # half, and what rounds to 100
-    red = np.array(
-        [
-            np.asarray(data.jitter(Image.new("RGB", (8, 8), (200, 50, 50)), np.random.default_rng(s)))[0, 0]
-            for s in range(300)
-        ]
-    ).astype(int)
+    red = np.array([jitter(Image.new("RGB", (8, 8), (200, 50, 50)), s) for s in range(300)]).astype(int)
     assert (red[:, 0] > red[:, 1:].max(1)).all() and (
         red[:, 1] != red[:, 2]
     ).mean() > 0.3  # hue turns, 18 degrees at most
+
+
+def test_jitter_of_a_part_equals_pillow_on_the_whole_picture():
+    picture, _ = scene(200, 260)
+    box, kinds, worst = (40, 30, 200, 150), set(), [0, 0]
+    for seed in range(60):
+        steps = data.draw_jitter(picture, np.random.default_rng(seed))
+        kinds.add(tuple(kind for kind, _, _ in steps))
+        wanted = np.asarray(bench.pillow_jitter(picture, steps).crop(box)).astype(int)
+        part = np.asarray(picture.crop(box)).transpose(2, 0, 1).copy()
+        error = np.abs(data.jitter(part, steps).transpose(1, 2, 0) - wanted)
+        # Pillow truncates, by 0.5 on average, after each of four steps, and has but 256 hues
+        turned = any(kind == "hue" for kind, _, _ in steps)
+        worst[turned] = max(worst[turned], error.mean())
+    assert worst[0] < 2 and worst[1] < 2.5, worst
+    assert len(kinds) > 12 and any(k[:2] == ("contrast", "saturation") for k in kinds)
+    assert any(k[-1:] == ("contrast",) and len(k) > 2 for k in kinds)
+
+
+def test_hue_turns_like_hsv():
+    rng = np.random.default_rng(0)
+    colours = np.concatenate([rng.integers(0, 256, (500, 3)), rng.choice((0, 128, 255), (200, 3))])
+    for sixths in (0.3, -0.3, 0.1, 0.0):
+        turned = data.jitter(colours.T[:, None].astype(np.uint8).copy(), [("hue", sixths, 0)])[:, 0].T
+        for colour, got in zip(colours / 255, turned, strict=True):
+            hue, saturation, value = colorsys.rgb_to_hsv(*colour)
+            wanted = np.array(colorsys.hsv_to_rgb((hue + sixths / 6) % 1, saturation, value)) * 255
+            assert np.abs(got - wanted).max() <= 1.5, (sixths, colour, got, wanted)
+
+
+def noisy_jpeg(height, width, **options):
+    file = io.BytesIO()
+    scene(height, width)[0].save(file, "JPEG", quality=95, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("height,width", [(427, 640), (333, 500), (301, 203)])
+def test_smaller_decoding_is_close_to_the_full_path(height, width):
+    raw, seen = noisy_jpeg(height, width), set()
+    full, augment, rng = data.open_picture(raw, "z!a"), Augment(300, (0.1, 1.2)), np.random.default_rng(0)
+    for _ in range(40):
+        window = augment.draw(height, width, rng)
+        small = data.open_picture(raw, "z!a", window.shrink)
+        assert small.size == (-(-width // window.shrink), -(-height // window.shrink))
+        # nothing is enlarged that would not be anyway
+        assert window.shrink == 1 or (small.width >= window.width and small.height >= window.height)
+        seen.add(window.shrink)
+        error = augment.cut_picture(window, small).astype(int) - augment.cut_picture(window, full)
+        assert np.abs(error).mean() < 2.5, (window, np.abs(error).mean())
+        # shifted by half a pixel or stretched it would be farther off in one direction
+        assert abs(error.mean()) < 0.5
+    assert seen >= {1, 2, 4}
+
+
+def test_smaller_decoding_keeps_size_checks_exif_and_faults():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    raw = noisy_jpeg(96, 161, exif=exif.tobytes())
+    flat = data.oriented(data.open_picture(raw, "z!a", 4), (96, 161), "z!a")
+    upright = data.oriented(data.open_picture(raw, "z!a", 4), (161, 96), "z!a")
+    assert flat.size == (41, 24) and upright.size == (24, 41)
+    assert np.array_equal(np.asarray(upright), np.rot90(np.asarray(flat), -1))
+    for wrong in ((96, 160), (96, 164), (24, 41)):  # the sizes 160 and 164 shrink to the same 41 or 40
+        with pytest.raises(ValueError, match="^z!a: picture 161x96, annotation "):
+            data.oriented(data.open_picture(raw, "z!a", 4), wrong, "z!a")
+    for shrink in (1, 2, 8):
+        for cut in (raw[: len(raw) // 2], raw[: -len(raw) // 8]):
+            with pytest.raises(ValueError, match="^z!a: cannot be decoded"):
+                data.open_picture(cut, "z!a", shrink)
+
+
+def test_only_training_decodes_smaller(tmp_path, monkeypatch):
+    one_image_coco(tmp_path, np.ones((256, 256), int))
+    one_image_coco(tmp_path, np.ones((256, 256), int), split="train")
+    for split in ("train", "val"):
+        (tmp_path / f"{split}2017" / "a.png").write_bytes(noisy_jpeg(256, 256))  # Pillow goes by the content
+    asked, draft = [], JpegImagePlugin.JpegImageFile.draft
+    monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "draft", lambda *a: asked.append(1) or draft(*a))
+    SegmentDataset(tmp_path, "coco_panoptic", "train", Augment(64, (0.5, 0.5)))[0, 0]
+    assert asked == [1]
+    sample = SegmentDataset(tmp_path, "coco_panoptic", "val")[0]
+    assert asked == [1] and sample.image.shape == (3, 256, 256)
+
+
+@pytest.mark.parametrize("size,scaled", [(427, 611), (640, 1280), (333, 97), (500, 500), (7, 200)])
+def test_cut_resamples_only_the_window(size, scaled):
+    """Pixels beyond the cut never matter, and the cut is not much larger than the window."""
+    picture, target = scene(size, size)
+    augment = Augment(96)
+    taken = []
+    for top in range(0, max(1, scaled - 96), 7):
+        window = data.Window(scaled, scaled, top, 0, False, (size, size), 1)
+        start, stop, skipped = data._cut(top, min(96, scaled), size, scaled)
+        assert 0 <= start <= top * size / scaled and abs((top - skipped) * size / scaled - start) < 1 / 64
+        lines = np.asarray(picture).copy()
+        lines[:start], lines[stop:] = 0, 255
+        assert np.array_equal(
+            augment.cut_picture(window, picture), augment.cut_picture(window, Image.fromarray(lines))
+        )
+        taken.append((stop - start) * scaled / size)
+    assert scaled <= 200 or np.mean(taken) < 96 + 64 + 16
 
 
 @pytest.mark.slow
@@ -923,6 +1027,24 @@ for batch in batches:
     said = [line for line in lines if line.startswith("RuntimeError: ") and "worker" in line]
     assert done.returncode and said, done.stderr[-800:]
     assert time.time() - began < 40  # imports included
+
+
+def test_error_in_a_worker_leaves_no_process_behind(tmp_path):
+    """Workers are deaf to SIGTERM, but a script that fails while they live must end."""
+    data.write_shapes(tmp_path, vocab.SHAPES, 1, 6, seed=0)
+    write_zip(tmp_path / "val2017.zip", {f"val2017/{n:012}.jpg": b"x" for n in range(1, 7)})
+    began = time.time()
+    done = run_script(f"""
+dataset = data.SegmentDataset({str(tmp_path)!r}, "shapes", "val")
+batches = data.eval_loader(dataset, workers=1)
+try:
+    next(batches)
+except ValueError as error:
+    kept = error  # and its frames, which hold the loader
+    print("said", error)
+""")
+    assert done.stdout.startswith("said ") and done.returncode == 0, done.stderr[-800:]
+    assert time.time() - began < 60
 
 
 def test_few_file_descriptors_are_enough(shapes):
