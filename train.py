@@ -899,7 +899,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         names = [name for part in parts for name in part.names]
         finite = finite.to("cpu", non_blocking=True)
-        self.pending, self.fault = (finite, step, losses, gradient, names, self.fault), ""
+        copied = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
+        self.pending, self.fault = (copied, finite, step, losses, gradient, names, self.fault), ""
         self.lap("optimiser")
         return losses, gradient
 
@@ -909,7 +910,9 @@ class Trainer:
         skips gradients that overflow, the losses of all ranks decide."""
         if not self.pending:
             return
-        (finite, *step), self.pending = self.pending, None
+        (copied, finite, *step), self.pending = self.pending, None
+        if copied:  # no copy of the matcher's has waited where a step logs, or has no segment at all
+            copied.synchronize()
         bad = 1 - finite.float()
         if self.scaler.is_enabled():
             bad = total(bad, self.world)

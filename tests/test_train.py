@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -349,6 +350,23 @@ def test_init_from_other_classes(short_run, shapes, tmp_path):
     for key, value in state.items():
         same = torch.equal(got[key], value)
         assert same or key.startswith(("class_head.", "q.")), key
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_verdict_on_a_step_is_read_after_its_copy(device):
+    """On CUDA the copy to the host may still be under way when `settle` comes: it waits for the event."""
+    trainer = object.__new__(train.Trainer)
+    trainer.world, trainer.scaler = 1, torch.amp.GradScaler(enabled=False)
+    trainer.cfg, trainer.skipped, trainer.rank = SimpleNamespace(skip_nonfinite=0), 0, 0
+    finite = torch.tensor(device == "cpu")
+    copied = SimpleNamespace(synchronize=lambda: finite.fill_(True)) if device == "cuda" else None
+    row = {"loss": torch.tensor(1.0)}, torch.tensor(1.0), ["a.jpg"], ""
+    trainer.pending = copied, finite, 3, *row
+    trainer.settle()
+    assert trainer.pending is None and trainer.skipped == 0
+    trainer.pending = None, torch.tensor(False), 3, *row
+    with pytest.raises(ValueError, match="step 4: not finite"):
+        trainer.settle()
 
 
 def test_nonfinite_stops_and_keeps_weights(shapes, tmp_path):
