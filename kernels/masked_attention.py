@@ -348,7 +348,8 @@ def _launch(kernel, step, axis, tensors, q, k, bits):
     scale = q.shape[3] ** -0.5 * math.log2(math.e)
     sizes = q.shape[1], q.shape[2], k.shape[2], bits.shape[1]
     grid = triton.cdiv(tokens, options[axis]), heads
-    kernel[grid](*tensors, *(t.stride() for t in tensors), scale, *sizes, **options)
+    with torch.cuda.device_of(q):  # Triton launches on the current device, which may be another
+        kernel[grid](*tensors, *(t.stride() for t in tensors), scale, *sizes, **options)
 
 
 def launch_forward(q, k, v, bits, out, lse):

@@ -88,9 +88,10 @@ def launch_pack(mask_logits, grid, prefix_columns, keep, bits):
     batch, queries, mh, mw = mask_logits.shape
     num_keys = prefix_columns + grid[0] * grid[1]
     tensors = (mask_logits, keep, bits)
-    _pack_kernel[(batch * queries, triton.cdiv(bits.shape[2], WORDS))](
-        *tensors, *(t.stride() for t in tensors), mh / grid[0], mw / grid[1], queries, mh, mw, grid[1],
-        prefix_columns, num_keys, bits.shape[2], WORDS=WORDS)
+    with torch.cuda.device_of(bits):  # Triton launches on the current device, which may be another
+        _pack_kernel[(batch * queries, triton.cdiv(bits.shape[2], WORDS))](
+            *tensors, *(t.stride() for t in tensors), mh / grid[0], mw / grid[1], queries, mh, mw, grid[1],
+            prefix_columns, num_keys, bits.shape[2], WORDS=WORDS)
 
 
 def ahead_jobs(arch):

@@ -172,10 +172,11 @@ def launch_merge(masks, scores, window, content, size, mask_threshold, owner, ar
     assert scores.shape == (k,) and owner.shape == tuple(size) and areas.shape == (3, k), (owner, areas)
     assert owner.numel() < 2**31, f"{tuple(size)}: the counts are int32"
     tensors = (masks, scores, owner, areas)
-    _merge_kernel[(triton.cdiv(size[0], TILE["BH"]) * triton.cdiv(size[1], TILE["BW"]),)](
-        *tensors, *(t.stride() for t in tensors), mh / window[0], mw / window[1], content[0] / size[0],
-        content[1] / size[1], mask_threshold, k, mh, mw, *content, *size,
-        TAPS=2 if tuple(content) == tuple(size) else 4, **TILE)
+    with torch.cuda.device_of(masks):  # Triton launches on the current device, which may be another
+        _merge_kernel[(triton.cdiv(size[0], TILE["BH"]) * triton.cdiv(size[1], TILE["BW"]),)](
+            *tensors, *(t.stride() for t in tensors), mh / window[0], mw / window[1], content[0] / size[0],
+            content[1] / size[1], mask_threshold, k, mh, mw, *content, *size,
+            TAPS=2 if tuple(content) == tuple(size) else 4, **TILE)
 
 
 def ahead_jobs(arch: int) -> Iterator[tuple]:

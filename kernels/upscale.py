@@ -275,7 +275,8 @@ def _launch(kernel, step, tensors, *numbers, part=None):
     if part is not None:
         tensors, numbers, grid = [*tensors, part], [*numbers, tiles], len(part)
     chunks = triton.cdiv(channels, options["BC"])
-    kernel[(grid, chunks)](*tensors, *(t.stride() for t in tensors), *numbers, **options)
+    with torch.cuda.device_of(tensors[0]):  # Triton launches on the current device, which may be another
+        kernel[(grid, chunks)](*tensors, *(t.stride() for t in tensors), *numbers, **options)
 
 
 def launch_forward(y, weight2, gain, shift, eps, out, mean, rstd):

@@ -534,6 +534,16 @@ def test_interpreted_model_equals_torch_path(monkeypatch):
         torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-6)
 
 
+@interpreted
+def test_interpreted_launches_on_the_device_of_the_tensors(monkeypatch):
+    """`torchrun eval.py` keeps rank 1 on cuda:1 without making it current, where Triton would launch."""
+    seen, real = [], torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: seen.append(tensor.device) or real(tensor))
+    bits = pack_mask(torch.randn(1, 2, 4, 4), (2, 2), 2, 6)
+    masked_attention(*torch.randn(3, 1, 1, 6, 16).unbind(0), bits, 2)
+    assert len(seen) == 2
+
+
 @pytest.mark.skipif(triton is None or bool(INTERPRET), reason="the interpreter comes with triton")
 def test_interpreter_all_cases():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
