@@ -398,7 +398,7 @@ PAIRS = {
                     ("training", "validation"), (".jpg", ".png"), (0,), 1),
     "cityscapes": Pairs("leftImg8bit/{}", "gtFine/{}",
                         ("leftImg8bit_trainvaltest.zip", "gtFine_trainvaltest.zip"), ("train", "val"),
-                        ("_leftImg8bit.png", "_gtFine_labelIds.png"), tuple(range(256))),
+                        ("_leftImg8bit.png", "_gtFine_labelIds.png"), (*range(34), 255)),
     "own_semantic": Pairs("images/{}", "masks/{}", ("images.zip", "masks.zip"), ("train", "val"),
                           ("", ".png"), (255,)),
 }
@@ -771,7 +771,7 @@ class LabelPairs:
         values = label_map(self.masks.read(self.mask_members[i]), where)  # (H, W)
         present = np.flatnonzero(np.bincount(values.ravel(), minlength=256))
         for value in present[self.slot[present] < 0]:
-            raise ValueError(f"{where}: value {value} is not in the class table; choose another --task")
+            raise ValueError(f"{where}: value {value} is not in the class table; see --task or classes.txt")
         return self.slot.astype(np.uint8)[values]  # (H, W)
 
     def target(self, i: int, crowd: bool) -> Target:

@@ -509,8 +509,8 @@ def open_words(model, words, args) -> None:
 def open_options(model, dataset, args) -> None:
     """Calibrates; options not given are the ones that the checkpoint was evaluated with in training."""
     if "open" not in model.config:
-        if args.sweep:
-            raise ValueError(f"{args.ckpt}: closed classes; --sweep needs a run of train.py --stage")
+        if args.sweep or args.split:
+            raise ValueError(f"{args.ckpt}: closed classes; --sweep and --split need a --stage run")
         return
     kept = model.meta.get("ov", {})
     for name, _, _ in OV_OPTIONS:

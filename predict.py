@@ -56,7 +56,8 @@ def overlay(image: np.ndarray, ids: np.ndarray, rows: list[dict], alpha=0.55) ->
         y, x = np.nonzero(ids == row["id"])
         if len(y):
             near = ((x - x.mean()) ** 2 + (y - y.mean()) ** 2).argmin()  # the centre itself may lie outside
-            at = (x[near], y[near])
+            half, (w, h) = draw.textlength(row["text"]) / 2 + 2, picture.size  # a label is moved in, not cut
+            at = max(half, min(x[near], w - half)), max(8, min(y[near], h - 8))
             draw.text(at, row["text"], fill="white", stroke_width=1, stroke_fill="black", anchor="mm")
     return picture
 

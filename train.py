@@ -291,6 +291,8 @@ def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
 
 def split_batch(cfg: Config, world: int) -> int:
     """Images one rank handles at once; fills device_batch_size, returns the number of accumulation parts."""
+    if cfg.batch_size < 1 or cfg.device_batch_size < 0:
+        raise ValueError(f"--batch-size {cfg.batch_size} ({cfg.device_batch_size} a device); give 1 or more")
     if cfg.batch_size % world:
         fits = [str(n) for n in range(1, cfg.batch_size + 1) if cfg.batch_size % n == 0]
         raise ValueError(f"--batch-size {cfg.batch_size} does not split over {world} ranks; "

@@ -540,6 +540,21 @@ def test_own_masks(tmp_path, mask, word):
     error_of(lambda: SegmentDataset(tmp_path, "auto", "val")[0], "a.png: ", word)
 
 
+def test_cityscapes_value_beyond_the_published(tmp_path):
+    """Of labelIds 0..33 and 255 those outside the 19 classes are void; any other is a wrong file."""
+    base, stem = tmp_path / "leftImg8bit" / "val" / "town", "town_000000_000019"
+    label = tmp_path / "gtFine" / "val" / "town" / f"{stem}_gtFine_labelIds.png"
+    for folder in (base, label.parent):
+        folder.mkdir(parents=True)
+    (base / f"{stem}_leftImg8bit.png").write_bytes(encode(np.zeros((4, 4, 3), np.uint8)))
+    label.write_bytes(encode(np.array([[0, 7, 33, 255]] * 4, np.uint8)))
+    dataset = SegmentDataset(tmp_path, "cityscapes_semantic", "val")
+    assert dataset[0].target.labels.tolist() == [0, 18]
+    label.write_bytes(encode(np.array([[0, 7, 33, 34]] * 4, np.uint8)))
+    dataset = SegmentDataset(tmp_path, "cityscapes_semantic", "val")
+    error_of(lambda: dataset[0], "labelIds.png: value 34 is not in the class table", "--task or classes.txt")
+
+
 def test_own_folder_without_mask_or_classes(tmp_path):
     own(tmp_path, None)
     error_of(lambda: SegmentDataset(tmp_path, "auto", "val"), f"{tmp_path / 'masks/val'}!a.png: missing")

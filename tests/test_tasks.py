@@ -319,6 +319,28 @@ def test_own_data_is_recognised(make, kind, names, tmp_path, capsys):
     assert (tmp_path / "p" / "a.overlay.png").exists()
 
 
+def test_labels_stay_inside_the_picture():
+    """A label at the edge is moved in, not cut: it leaves as many light pixels as one in the middle."""
+    inside = []
+    for x in (60, 0, 119):
+        ids = np.zeros((40, 120), np.int32)
+        ids[20, x] = 1
+        row = dict(id=1, category=0, text="yellow pole 1.00")
+        ink = np.asarray(predict.overlay(np.zeros((40, 120, 3), np.uint8), ids, [row]))
+        inside.append(int((ink > 128).all(-1).sum()))
+    assert min(inside) > 0.8 * max(inside), inside
+
+
+def test_eval_refuses_a_split_of_closed_classes(tmp_path):
+    """--split means nothing there; it was passed over in silence, a misspelled one too."""
+    root = tmp_path / "data"
+    root.mkdir()
+    make_own_masks(root)
+    out = trained(root, tmp_path / "run", "--task", "auto")
+    with pytest.raises(ValueError, match="closed classes; --sweep and --split need"):
+        evaluation.run(evaluation.parser().parse_args(["--ckpt", str(out), "--split", "ovp_val"]))
+
+
 def test_own_data_from_other_checkpoint(tmp_path, capsys):
     """--init from a model of other classes: the class head is made anew, with one line; the rest is taken."""
     root = tmp_path / "data"

@@ -142,6 +142,10 @@ def test_split_batch():
         train.split_batch(cfg, 4)
     with pytest.raises(ValueError, match="1, 2, 4, 8, 16 ranks fit"):
         train.split_batch(cfg, 3)
+    for size, part in ((0, 0), (-4, 0), (16, -2)):
+        cfg.batch_size, cfg.device_batch_size = size, part
+        with pytest.raises(ValueError, match="batch-size .*give 1 or more"):
+            train.split_batch(cfg, 1)
 
 
 # ---- schedules and groups ----------------------------------------------------------------------------------
