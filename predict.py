@@ -41,7 +41,8 @@ def overlay(image: np.ndarray, ids: np.ndarray, rows: list[dict], alpha=0.55) ->
     """Photo uint8 (H,W,3) and id map (H,W), 0 = nothing, with a row (id, category, text) each.
 
     A class keeps its colour over all pictures; its further instances are darker."""
-    table, count = np.zeros((ids.max() + 1, 3), np.float32), {}  # (S+1, 3)
+    rows, count = [row for row in rows if (ids == row["id"]).any()], {}  # without segments wholly hidden
+    table = np.zeros((ids.max() + 1, 3), np.float32)  # (S+1, 3)
     for row in rows:
         count[row["category"]] = count.get(row["category"], -1) + 1
         table[row["id"]] = np.array(colour(row["category"])) * (1 - 0.15 * (count[row["category"]] % 4))
@@ -54,11 +55,10 @@ def overlay(image: np.ndarray, ids: np.ndarray, rows: list[dict], alpha=0.55) ->
     draw = ImageDraw.Draw(picture)
     for row in rows:
         y, x = np.nonzero(ids == row["id"])
-        if len(y):
-            near = ((x - x.mean()) ** 2 + (y - y.mean()) ** 2).argmin()  # the centre itself may lie outside
-            half, (w, h) = draw.textlength(row["text"]) / 2 + 2, picture.size  # a label is moved in, not cut
-            at = max(half, min(x[near], w - half)), max(8, min(y[near], h - 8))
-            draw.text(at, row["text"], fill="white", stroke_width=1, stroke_fill="black", anchor="mm")
+        near = ((x - x.mean()) ** 2 + (y - y.mean()) ** 2).argmin()  # the centre itself may lie outside
+        half, (w, h) = draw.textlength(row["text"]) / 2 + 2, picture.size  # a label is moved in, not cut
+        at = max(half, min(x[near], w - half)), max(8, min(y[near], h - 8))
+        draw.text(at, row["text"], fill="white", stroke_width=1, stroke_fill="black", anchor="mm")
     return picture
 
 

@@ -341,6 +341,17 @@ def test_eval_refuses_a_split_of_closed_classes(tmp_path):
         evaluation.run(evaluation.parser().parse_args(["--ckpt", str(out), "--split", "ovp_val"]))
 
 
+def test_hidden_instance_is_drawn_as_nothing():
+    """The worst instance wholly under better ones has no pixel of the id map: no IndexError."""
+    masks = torch.zeros(2, 8, 8, dtype=torch.bool)
+    masks[0, :4], masks[1, :2] = True, True
+    result = eomt.Instances(masks, torch.tensor([0, 1]), torch.tensor([0.9, 0.8]))
+    ids, rows = predict.layers(result, "instance", ["cat", "dog"])
+    assert [row["area"] for row in rows] == [32, 0]
+    both = [np.asarray(predict.overlay(np.zeros((8, 8, 3), np.uint8), ids, r)) for r in (rows, rows[:1])]
+    assert np.array_equal(*both)
+
+
 def test_own_data_from_other_checkpoint(tmp_path, capsys):
     """--init from a model of other classes: the class head is made anew, with one line; the rest is taken."""
     root = tmp_path / "data"
