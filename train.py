@@ -804,9 +804,9 @@ class Trainer:
         """Compilation and ranks, after the weights are loaded."""
         if self.cfg.compile and self.device.type == "cuda":
             self.raw.compile()
+            self.evaluate = torch.compiler.set_stance("force_eager")(self.evaluate)  # graphs keep their batch
         if self.world > 1:
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            self.model = DistributedDataParallel(self.raw, device_ids=ids, gradient_as_bucket_view=True)
+            self.model = DistributedDataParallel(self.raw, gradient_as_bucket_view=True)
 
     def agree(self, parts, stop) -> tuple[torch.Tensor, bool]:
         """What all ranks know before a step: loss totals (2,), and whether one of them was told to stop."""
@@ -877,7 +877,7 @@ class Trainer:
         owner, labels = head.column[head.owner[head.seen_rows]], torch.cat([t.labels for t in targets])
         itc = itc_distill(student, teacher, head.rows[head.seen_rows], labels, owner, head.logit_scale.exp(),
                           head.logit_bias)
-        terms["itc"] = cfg.distill_itc * itc * len(labels) / norm[0].clamp(min=1).to(itc)
+        terms["itc"] = cfg.distill_itc * itc * len(labels) / norm[0].clamp(min=1).to(itc, non_blocking=True)
         losses = losses | {name: term.detach() for name, term in terms.items()}
         return losses | {"loss": losses["loss"] + sum(terms.values())}
 
