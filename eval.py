@@ -263,7 +263,7 @@ class Replay(torch.nn.Module):
             hook = head.register_forward_hook(lambda module, inputs, output: seen.append(inputs))
             masks = self.model(images, mask_prob)[-1].masks
             hook.remove()
-            self.kept.append((masks, *seen[-1]))
+            self.kept.append(tuple(t.clone() for t in (masks, *seen[-1])))  # a CUDA graph reuses its memory
         masks, queries, region = self.kept[self.at]
         self.at += 1
         return [eomt.Prediction(masks, head(queries, region))]
@@ -274,10 +274,10 @@ def seen_matches(model, dataset, limit=FITTED_ON):
     """Logits in (n,K+1), out (n,K), labels (n,) of masks with IoU > 0.5 on a segment of a seen class."""
     head, replay, rows = model.class_head, Replay(model).eval(), []
     for image, truth, labels in windows(model, dataset, limit):
-        masks = replay(image)[-1].masks  # (1, Q, mh, mw)
+        masks = eomt._network(replay, image, None).masks  # (1, Q, mh, mw)
         _, queries, region = replay.kept.pop()
         replay.at = 0
-        found = torch.nn.functional.interpolate(masks.float(), image.shape[2:], mode="bilinear")[0] > 0
+        found = torch.nn.functional.interpolate(masks, image.shape[2:], mode="bilinear")[0] > 0
         found, truth = found.flatten(1).float(), truth.flatten(1).float()  # (Q, S*S), (T, S*S)
         shared = truth @ found.T  # (T, Q)
         iou = shared / (truth.sum(1)[:, None] + found.sum(1) - shared).clamp(min=1)  # (T, Q)

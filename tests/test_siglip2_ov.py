@@ -453,6 +453,43 @@ def test_eval_auto_calibration(world, stages):
     json.dumps(kept)  # it is stored in the checkpoint
 
 
+def test_replay_outlives_the_memory_of_a_graph():
+    """A CUDA graph writes its outputs where those of the call before are: what is kept is a copy."""
+
+    def same_memory(graph, inputs):
+        kept = []
+
+        def call(*arguments):
+            outputs = graph(*arguments)
+            kept[:] = kept or [output.clone() for output in outputs]
+            return [old.copy_(output) for old, output in zip(kept, outputs, strict=True)]
+
+        return call
+
+    torch.manual_seed(0)
+    tower = siglip2.VisionTower(16, 32, 2, 2, 8, 2)
+    head = siglip2.OpenVocabHead(16, torch.randn(3, 16), torch.arange(3), [True] * 3, 4.7, -16.0)
+    model = eomt.OpenVocabEoMT(tower, head, 4, 1).eval()
+    images = torch.randint(0, 256, (2, 1, 3, 16, 16), dtype=torch.uint8)
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        want = [model(image)[-1] for image in images]
+        model.compile(backend=same_memory)
+        replay = evaluation.Replay(model)
+        for turn in range(2):
+            replay.turn(turn == 0, {})
+            torch.testing.assert_close([replay(image)[-1] for image in images], want)
+    torch._dynamo.reset()
+
+
+def test_calibration_asks_as_segment_does(world, stages, val, monkeypatch):
+    """`accelerate` leaves bf16 weights on CUDA, which only the autocast of `segment`'s path fits."""
+    real, calls = eomt._network, []
+    monkeypatch.setattr(eomt, "_network", lambda *arguments: calls.append(arguments) or real(*arguments))
+    evaluation.seen_matches(eomt.load(world / "A"), val, 3)
+    assert len(calls) == 3
+
+
 def test_region_probe(world, stages, capsys):
     """Of the tower alone and of a trained stage the same: nothing is trained for it."""
     bare = eval_here(
