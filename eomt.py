@@ -647,7 +647,8 @@ def accelerate(model: EoMT, fp8: bool = False, batch: int = 0) -> EoMT:
 def _network(model, images, mask_prob):
     device, count = model.mean.device, len(images)
     fill = model.meta.get("batch", count) - count  # a compiled model knows one size
-    torch.compiler.cudagraph_mark_step_begin()
+    if "batch" in model.meta:  # its first call imports the compiler, a second
+        torch.compiler.cudagraph_mark_step_begin()
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         prediction = model(F.pad(images.to(device), (0,) * 7 + (fill,)), mask_prob)[-1]
     return Prediction(prediction.masks[:count].float(), prediction.classes[:count].float())

@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -741,6 +743,14 @@ def test_semantic_windows_average():
             hits[s:s + 32] += 1
     want = total / hits
     assert torch.equal(got, want.argmax(0))
+
+
+def test_segment_does_not_import_the_compiler():
+    """Only a compiled model needs its CUDA graphs: a second of the first picture."""
+    code = ("import sys, torch, eomt; model = eomt.EoMT(eomt.ViT(16, 1, 2, 8, (2, 2)), 3, 2, 1).eval(); "
+            "eomt.segment(model, [torch.zeros(3, 9, 9, dtype=torch.uint8)], 'instance', (16, 16)); "
+            "sys.exit('torch._inductor.cudagraph_trees' in sys.modules)")
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(eomt.__file__).parent).returncode == 0
 
 
 def test_semantic_covers_every_column(monkeypatch):
