@@ -261,9 +261,10 @@ def _zip_rows(reader):
     """Rows (name, offset, packed size, size, crc, method) of a zip's directory."""
     try:
         with zipfile.ZipFile(_File(reader)) as archive:
-            infos = archive.infolist()
-        if any(info.header_offset < 0 for info in infos):
-            raise zipfile.BadZipFile("its beginning is missing")
+            infos, end = archive.infolist(), reader.length - 22 - len(archive.comment)
+        # a cut one may end in the directory of a zip that is stored in it
+        if any(info.header_offset < 0 for info in infos) or reader.pread(end, 4) != b"PK\5\6":
+            raise zipfile.BadZipFile("its beginning or end is missing")
     except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError) as error:
         head = reader.pread(0, 64).lstrip()
         kind = "empty" if not reader.length else "a web page" if head[:1] == b"<" else \
@@ -760,6 +761,9 @@ class LabelPairs:
         self.stems = [n[:-len(suffix)] if suffix else n.rsplit(".", 1)[0] for n in names]
         masks = [mask_prefix + stem + mask_suffix for stem in self.stems]
         self.mask_members = self.masks.locate(masks, self.problems)
+        stems = {n[:-len(mask_suffix)] for n in self.masks.under(mask_prefix, (mask_suffix,))}
+        self.problems += [f"{self.images.label}!{prefix}{s}{suffix}: missing; get it, or drop its PNG"
+                          for s in sorted(stems.difference(self.stems))]
         self.slot = np.full(256, -1)  # pixel value -> class index + 1; 0 ignored; -1 unknown
         self.slot[list(self.spec.ignored)] = 0
         ids = np.array(task.vocabulary.ids)
@@ -778,8 +782,7 @@ class LabelPairs:
         ids = self._classes(i)  # (H, W)
         area = np.bincount(ids.ravel(), minlength=256)[1:]
         labels = np.flatnonzero(area)
-        zeros = np.zeros(len(labels))
-        return _target(ids[None], zeros, labels + 1, labels, zeros, area[labels])
+        return _target(ids[None], 0 * labels, labels + 1, labels, 0 * labels, area[labels])
 
     def labels(self):
         """(image, class index) of every segment; there is no JSON, so it reads every PNG."""
@@ -1233,8 +1236,7 @@ def one_line(error: BaseException) -> str:
 
 
 def command(work, argv: Sequence[str]):
-    """`work(argv)` of a script: a user's mistake ends in one line and exit code 1, or, with --debug, in a
-    traceback."""
+    """`work(argv)` of a script: a user's mistake ends in one line and exit code 1; --debug shows where."""
     try:
         return work(argv)
     except (ValueError, OSError, RuntimeError) as error:
@@ -1514,10 +1516,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{args.path}: {task.name}, {task.kind}, {len(task.vocabulary.names)} classes")
     page, wrong = None, 0
     for split in args.split.split(","):
-        problems = check(args.path, task, split, args.decode)
-        wrong += len(problems)
-        for line in problems:
-            print(f"error: {line}", file=sys.stderr)
+        wrong += len(problems := check(args.path, task, split, args.decode))
+        sys.stderr.writelines(f"error: {line}\n" for line in problems)
         if not problems:
             dataset = SegmentDataset(args.path, task, split)
             print(f"{split}: {len(dataset)} images" + (", all decoded" if args.decode else ", not decoded"))
