@@ -1105,6 +1105,8 @@ def _compare(own, state, path, origin):
 
 def load(path: str | Path, device="cpu", base: str | Path | None = None) -> EoMT:
     """An evaluation-ready EoMT from any checkpoint `read` knows; `model.meta` is what that says of itself."""
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: torch finds no GPU; use --device cpu")
     config, state, meta = read(path, base)
     if "num_classes" not in config:
         raise ValueError(f"{path}: an encoder without heads; give it to train.py --encoder-weights")

@@ -46,12 +46,10 @@ class Result:
     partial: bool
 
 
-SHOWN = {
-    "PQ": "PQ PQ_th PQ_st SQ RQ",
-    "hPQ": "PQ_all PQ_th PQ_st PQ_seen PQ_unseen PQ_unseen_th PQ_unseen_st hPQ SQ RQ",
-    "mIoU": "mIoU mIoU_upstream pixel_accuracy mIoU_seen mIoU_unseen",
-    "AP": "AP AP50 AP75 AP_small AP_medium AP_large AP_seen AP_unseen",
-}
+SHOWN = {"PQ": "PQ PQ_th PQ_st SQ RQ",
+         "hPQ": "PQ_all PQ_th PQ_st PQ_seen PQ_unseen PQ_unseen_th PQ_unseen_st hPQ SQ RQ",
+         "mIoU": "mIoU mIoU_upstream pixel_accuracy mIoU_seen mIoU_unseen",
+         "AP": "AP AP50 AP75 AP_small AP_medium AP_large AP_seen AP_unseen"}
 
 
 def line(result: Result) -> str:
@@ -423,7 +421,8 @@ OV_OPTIONS = (("pool", str, "map, value or mean"), ("alpha", float, "region weig
 
 # ---- Command line ------------------------------------------------------------------------------------------
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    top = argparse.ArgumentParser(usage="%(prog)s --ckpt CKPT [options]; --help lists them",
+                                  description=__doc__.split("\n")[0], allow_abbrev=False)
     top.add_argument("--ckpt", required=True, help="run folder (best, else newest), step folder or file")
     top.add_argument("--base", default="", help="DINOv3 encoder that a delta checkpoint is added to")
     top.add_argument("--data", default="", help="data folder; default: the one the run was trained on")

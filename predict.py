@@ -263,7 +263,7 @@ def expand(patterns: list[str]) -> list[Path]:
     for pattern in patterns:
         path = Path(pattern)
         if path.is_dir():
-            hits = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+            hits = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
         else:
             hits = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
         if not hits:
@@ -297,11 +297,10 @@ def write_result(path: Path, image, result, meta, out: Path, number: int, detail
 
 
 def parser():
-    top = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    top = argparse.ArgumentParser(usage="%(prog)s --ckpt CKPT [options] IMAGE...; --help lists them",
+                                  description=__doc__.split("\n")[0], allow_abbrev=False)
     top.add_argument("images", nargs="*", help="images, folders or globs")
-    top.add_argument(
-        "--ckpt", required=True, help="run folder (best, else newest), step folder, file or HF name"
-    )
+    top.add_argument("--ckpt", required=True, help="run (best, else newest), step folder, file or HF name")
     top.add_argument("--out", default="predictions", help="folder for the results")
     top.add_argument("--prompts", default=None, help="classes by name: 'cat, zebra|zebras; stuff: grass'")
     top.add_argument("--background", default="coco", help="distractor words: coco, ade, none or a file")

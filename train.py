@@ -203,7 +203,7 @@ def encoder_row(encoder: str, task: str) -> dict:
     if encoder in TOWERS:  # queries join the last 4 blocks of every size
         return dict(encoder_weights=TOWERS[encoder][3], num_blocks=4 if size != "toy" else 2, size=512)
     if family not in WEIGHTS:
-        return {}
+        return dict(encoder_weights="random")  # nobody has published any
     row = dict(encoder_weights=WEIGHTS[family].format(size if family == "dinov2" else size[0]))
     if family == "dinov3":
         row |= dict(lr=2e-4, llrd_query_blocks=False, warmup=(2000, 3000), rope_rescale=2.0)
@@ -220,10 +220,6 @@ def quick_row(stage: str) -> dict:
     return QUICK_OPEN | (QUICK_LORA if stage != "A" else {}) | dict(out=f"runs/quick-{stage}", size=TOY_SIDE)
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults after every phrase, and the table at the end line by line."""
-
-
 def numbers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(",") if part)
 
@@ -231,10 +227,13 @@ def numbers(text: str) -> tuple[float, ...]:
 def parser() -> argparse.ArgumentParser:
     """One flag per Config field: --some-name (or --some_name), --x / --no-x, lists with commas."""
     rows = [f"  {word:<40}{flag}" for word, flag in SEED_WORDS.items() if f"MODEL.{word}" not in SEED_WORDS]
-    top = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                  formatter_class=Help, epilog="\n".join(["original recipe -> here:", *rows]))
+    top = argparse.ArgumentParser(usage="%(prog)s [options]; --help lists them", allow_abbrev=False,
+                                  description=__doc__.split("\n")[0],
+                                  formatter_class=argparse.RawDescriptionHelpFormatter,
+                                  epilog="\n".join(["original recipe -> here:", *rows]))
     for field in dataclasses.fields(Config):
         flag, kind, phrase = f"--{field.name.replace('_', '-')}", field.type, field.metadata["help"]
+        phrase += "" if field.default == "" else f" (default: {field.default})"
         if kind is bool:
             top.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=phrase)
             continue
@@ -263,7 +262,10 @@ def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
     given = {key: value for key, value in vars(flags).items() if value is not None}
     stored = {}
     if given.get("config"):
-        stored = json.loads(Path(given["config"]).read_text())["config"]
+        try:
+            stored = json.loads(Path(given["config"]).read_text())["config"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{given['config']}: not a run's config.json; give RUN/config.json") from None
         stored = {k: v for k, v in stored.items() if k not in ("out", "resume", "overwrite", "config")}
     stage = given.get("stage", stored.get("stage", ""))
     if stage not in ("", *STAGES):
@@ -291,8 +293,9 @@ def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
 
 def split_batch(cfg: Config, world: int) -> int:
     """Images one rank handles at once; fills device_batch_size, returns the number of accumulation parts."""
-    if cfg.batch_size < 1 or cfg.device_batch_size < 0:
-        raise ValueError(f"--batch-size {cfg.batch_size} ({cfg.device_batch_size} a device); give 1 or more")
+    for key, value in vars(cfg).items():
+        if isinstance(value, int | float) and value < (key == "batch_size") and key != "ov_bias":
+            raise ValueError(f"--{key.replace('_', '-')} {value}; give {int('batch' in key)} or more")
     if cfg.batch_size % world:
         fits = [str(n) for n in range(1, cfg.batch_size + 1) if cfg.batch_size % n == 0]
         raise ValueError(f"--batch-size {cfg.batch_size} does not split over {world} ranks; "
@@ -456,10 +459,9 @@ def load_start(model: eomt.EoMT, cfg: Config, say):
     origin, skip = meta.get("origin", {}), ()
     if "num_classes" not in config:
         raise ValueError(f"{cfg.init}: an encoder without heads; give it to --encoder-weights")
-    if not cfg.load_class_head or config["num_classes"] != model.config["num_classes"]:
+    if config["num_classes"] != (here := model.config["num_classes"]) or not cfg.load_class_head:
         skip += ("class_head.",)
-        say(f"class head not loaded: {config['num_classes']} classes there, "
-            f"{model.config['num_classes']} here")
+        say(f"class head not loaded: {config['num_classes']} classes there, {here} here")
     if config["num_queries"] != model.config["num_queries"]:
         skip += ("q.",)
         say(f"queries not loaded: {config['num_queries']} there, {model.config['num_queries']} here")
@@ -607,6 +609,7 @@ def resume(out: Path, model, optimizer, cfg, say) -> int:
         return state["step"]
     if folders:
         raise ValueError(f"{out}: none of its checkpoints is whole; give another --out, or --overwrite")
+    say(f"{out}: no checkpoint to go on from; starts at step 0")
     return 0
 
 
@@ -650,8 +653,7 @@ class Log:
         self.wandb = wandb.init(
             project=cfg.wandb_project, name=cfg.wandb_name or self.out.name, group=cfg.wandb_group or None,
             tags=[tag for tag in cfg.wandb_tags.split(",") if tag], notes=cfg.wandb_notes or None,
-            id=mark.read_text(),
-            mode=cfg.wandb_mode, resume=cfg.wandb_resume, dir=str(self.out),
+            id=mark.read_text(), mode=cfg.wandb_mode, resume=cfg.wandb_resume, dir=str(self.out),
             config=dataclasses.asdict(cfg) | facts)
         if cfg.wandb_watch:
             self.wandb.watch(model, log="all", log_freq=cfg.log_every)
@@ -1039,10 +1041,8 @@ def toy_captions(vocabulary) -> tuple[list[str], torch.Tensor]:
     """All full names and all bare words (n), and bool (K,n): of which class is which one true?"""
     names = [texts[0][0] for texts in vocab.prompts(vocabulary, templates="plain")]
     words = list(dict.fromkeys(word for name in vocabulary.names for word in name.split()))
-    true = [
-        [k == j for j in range(len(names))] + [word in name.split() for word in words]
-        for k, name in enumerate(vocabulary.names)
-    ]
+    true = [[k == j for j in range(len(names))] + [word in name.split() for word in words]
+            for k, name in enumerate(vocabulary.names)]
     return names + words, torch.tensor(true)
 
 

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 import data
 import eomt
+import predict
 import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -488,3 +489,60 @@ def test_export_is_checked(short_run, tmp_path, name):
     else:
         got = torch.export.load(tmp_path / name).module()(images)[0].detach()
     torch.testing.assert_close(torch.as_tensor(got), want, rtol=0, atol=1e-4)
+
+
+# ---- what somebody new types ------------------------------------------------------------------------------
+def answer(*argv):
+    """(exit code, lines on stderr) of a script."""
+    done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True)
+    return done.returncode, done.stderr.splitlines()
+
+
+def test_help_names_the_defaults():
+    text = re.sub(r"\s+", " ", train.parser().format_help())
+    assert "None" not in text and "(default: coco_panoptic)" in text and "(default: 0.0001)" in text
+    assert len(train.parser().format_usage().splitlines()) == 1
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py", "predict.py"])
+def test_mistyped_options_are_answered_in_two_lines(script):
+    code, lines = answer(script, "--size", "big", *(["--ckpt", "x"] if script != "train.py" else []))
+    assert code == 2 and len(lines) == 2 and lines[1].endswith("argument --size: invalid int value: 'big'")
+
+
+@pytest.mark.parametrize("flag", ["--lr", "--steps", "--epochs", "--workers", "--save-every"])
+def test_negative_numbers_are_refused(flag):
+    cfg, _ = train.parse(["--data", "x", flag, "-1"])
+    with pytest.raises(ValueError, match=f"^{flag} -1.*; give 0 or more$"):
+        train.split_batch(cfg, 1)
+    train.split_batch(train.parse(["--data", "x", "--ov-bias", "-1"])[0], 1)  # this one may be below 0
+
+
+@pytest.mark.parametrize("content", [b"\xff\xd8", b"[]", b"{}", b"{", b"3"])
+def test_config_that_is_none(content, tmp_path):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(ValueError, match="x.json: not a run's config.json; give RUN/config.json"):
+        train.parse(["--config", str(tmp_path / "x.json")])
+
+
+def test_encoder_that_nobody_published_starts_random():
+    cfg, origin = train.parse(["--data", "x", "--encoder", "tiny"])
+    assert cfg.encoder_weights == "random" and origin["encoder_weights"] == "encoder"
+
+
+def test_resume_without_a_run_says_so(tmp_path):
+    said = []
+    assert train.resume(tmp_path, None, None, None, said.append) == 0
+    assert len(said) == 1 and "no checkpoint to go on from; starts at step 0" in said[0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match="^--device cuda: torch finds no GPU; use --device cpu$"):
+        eomt.load(tmp_path, "cuda")
+
+
+def test_folders_named_like_pictures_are_not_predicted(tmp_path):
+    (tmp_path / "a.jpg").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "b.jpg")
+    assert predict.expand([str(tmp_path)]) == [tmp_path / "b.jpg"]
