@@ -320,8 +320,11 @@ def set_task(model, args):
     """Kind and class names of --task; files of other projects do not say what they were trained on."""
     if not args.task and "kind" in model.meta:
         return
-    task = data.TASKS.get(args.task) or data.fit_task(model.config["num_classes"], args.ckpt)
+    classes = model.config["num_classes"]
+    task = data.find_task("", args.task) if args.task else data.fit_task(classes, args.ckpt)
     words, meta = task.vocabulary, model.meta
+    if "open" not in model.config and len(words.names) != classes:
+        raise ValueError(f"--task {args.task}: {len(words.names)} classes, {args.ckpt} {classes}; drop it")
     if "open" in model.config and list(words.names) != list(meta["names"]):
         texts = vocab.prompts(words, meta["languages"].split(","), meta["template"])
         set_words(model, words, texts, args)
@@ -346,9 +349,7 @@ def run(args):
     stems = [path.stem for path in paths]
     twice = next((p for p in paths if stems.count(p.stem) > 1), None)
     if twice:
-        raise ValueError(
-            f"{twice}: two images of this name would write one result; predict them into two --out folders"
-        )
+        raise ValueError(f"{twice}: two images of this name would write one result; give two --out folders")
     out.mkdir(parents=True, exist_ok=True)
     rows = []
     for number, path in enumerate(tqdm(paths, unit="img", disable=not sys.stderr.isatty())):

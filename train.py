@@ -437,8 +437,7 @@ def freeze(model: eomt.OpenVocabEoMT, cfg: Config, state: dict):
         if cfg.lora_last_n > depth:
             print(f"notice: --lora-last-n {cfg.lora_last_n}: the tower has {depth} blocks; all get adapters")
         model.adapt(min(cfg.lora_last_n, depth), cfg.lora_rank_attn, cfg.lora_rank_ffn)
-        found = {key: value for key, value in state.items() if key.endswith((".A", ".B"))}
-        lora.grow(model, found)
+        lora.grow(model, {key: value for key, value in state.items() if key.endswith((".A", ".B"))})
     elif any(key.endswith(".A") for key in state):
         raise ValueError(f"{cfg.init}: has adapters, which would be lost without --lora; use --lora")
     if (cfg.distill_feat or cfg.distill_itc) and not cfg.lora:
@@ -459,9 +458,11 @@ def load_start(model: eomt.EoMT, cfg: Config, say):
     origin, skip = meta.get("origin", {}), ()
     if "num_classes" not in config:
         raise ValueError(f"{cfg.init}: an encoder without heads; give it to --encoder-weights")
-    if config["num_classes"] != (here := model.config["num_classes"]) or not cfg.load_class_head:
+    there, here = config["num_classes"], model.config["num_classes"]
+    other = meta.get("names", model.meta.get("names")) != model.meta.get("names")
+    if there != here or other or not cfg.load_class_head:
         skip += ("class_head.",)
-        say(f"class head not loaded: {config['num_classes']} classes there, {here} here")
+        say(f"class head not loaded: {there} classes there, {here} here" + ", other names" * other)
     if config["num_queries"] != model.config["num_queries"]:
         skip += ("q.",)
         say(f"queries not loaded: {config['num_queries']} there, {model.config['num_queries']} here")
@@ -1158,9 +1159,8 @@ def open_model(cfg: Config, task, rank: int, sets, begin) -> eomt.OpenVocabEoMT:
         print(f"stage {cfg.stage} starts from {cfg.init or cfg.out}")
     text = cfg.text_weights or cfg.encoder_weights
     seen = seen_classes(task.vocabulary, cfg.split)
-    kept = begin[2] if begin else dict(
-        text=text, tokenizer=cfg.tokenizer, template=cfg.templates, languages=cfg.languages,
-        templates=list(vocab.TEMPLATES[cfg.templates]))
+    kept = begin[2] if begin else dict(text=text, tokenizer=cfg.tokenizer, languages=cfg.languages,
+                                       template=cfg.templates, templates=list(vocab.TEMPLATES[cfg.templates]))
     model.meta = {key: kept[key] for key in ("text", "tokenizer", "template", "templates", "languages")}
     model.meta |= dict(stage=cfg.stage, encoder=cfg.encoder, split=cfg.split, split_policy=cfg.split_policy,
                        trained=[dataclasses.asdict(task.vocabulary), list(seen)], seen=list(seen),

@@ -367,6 +367,34 @@ def test_own_data_from_other_checkpoint(tmp_path, capsys):
     assert torch.equal(eomt.load(out).q.weight, start.q.weight)
 
 
+def test_own_data_of_as_many_classes_with_other_names(tmp_path, capsys):
+    """The class head of other names is not taken over, though its shape would fit."""
+    root = tmp_path / "data"
+    root.mkdir()
+    make_own_masks(root)
+    first = trained(root, tmp_path / "a", "--task", "auto")
+    (root / "classes.txt").write_text("sky\nhouse\n")
+    argv = ["--task", "auto", "--init", str(first), "--lr", "0"]
+    second = trained(root, tmp_path / "b", *argv)
+    assert capsys.readouterr().out.count("class head not loaded: 2 classes there, 2 here, other names") == 1
+    argv[3] = str(second)
+    third = trained(root, tmp_path / "c", *argv)  # the same names: taken
+    heads = [eomt.load(run).class_head.weight for run in (first, second, third)]
+    assert not torch.equal(heads[0], heads[1]) and torch.equal(heads[1], heads[2])
+
+
+def test_predict_refuses_another_task(tmp_path):
+    """A misspelled one was taken for none, and one of more classes lent its names."""
+    root = tmp_path / "data"
+    root.mkdir()
+    make_own_masks(root)
+    out = trained(root, tmp_path / "run", "--task", "auto")
+    cases = {"coco_panoptik": "unknown; choose", "ade20k_semantic": "150 classes, .* 2; drop it"}
+    for task, words in cases.items():
+        with pytest.raises(ValueError, match=f"^--task {task}: {words}"):
+            predict.run(predict.parser().parse_args(["x.jpg", "--ckpt", str(out), "--task", task]))
+
+
 @pytest.mark.skipif(not SHARED.exists(), reason="real samples are not here")
 @pytest.mark.parametrize("name,folder", [("coco_instance", "coco"), ("ade20k_semantic", "ade20k"),
                                          ("coco_panoptic", "coco")])  # fmt: skip
