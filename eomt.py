@@ -1114,7 +1114,6 @@ def load(path: str | Path, device="cpu", base: str | Path | None = None) -> EoMT
     fill(model, state, path, meta.pop("origin", None))
     if "open" in config:
         import lora
-
         lora.merge(model.encoder)
         model.adapters, model.meta = None, meta
         model.class_head.calibrate(**meta.get("calibration", {}))
