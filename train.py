@@ -44,8 +44,9 @@ from losses import NotFinite, SetLoss, feature_distill, itc_distill, set_norm, s
 
 
 # ---- Settings ----------------------------------------------------------------------------------------------
-def setting(default, phrase):
-    return dataclasses.field(default=default, metadata={"help": phrase})
+def setting(default, phrase, least=0):
+    """A field with its words in --help and the smallest number it may be."""
+    return dataclasses.field(default=default, metadata={"help": phrase, "least": least})
 
 
 @dataclass
@@ -69,7 +70,7 @@ class Config:
     # recipe
     epochs: float = setting(12, "passes over the training images")
     steps: int = setting(0, "optimiser steps; 0 = epochs * floor(images / batch size)")
-    batch_size: int = setting(16, "images a step, over all ranks and accumulation")
+    batch_size: int = setting(16, "images a step, over all ranks and accumulation", 1)
     device_batch_size: int = setting(0, "images one rank handles at once; 0 = its whole share")
     lr: float = setting(1e-4, "AdamW learning rate of heads and final norm")
     weight_decay: float = setting(0.05, "on every parameter")
@@ -105,7 +106,7 @@ class Config:
     ov_alpha: float = setting(0.4, "weight of the region classifier for seen classes")
     ov_beta: float = setting(0.8, "the same for unseen classes")
     ov_temp: str = setting("1", "temperature of both classifiers, `in,out`, or auto")
-    ov_bias: float = setting(0.0, "subtracted from the logits of seen classes")
+    ov_bias: float = setting(0.0, "subtracted from the logits of seen classes", -math.inf)
     ov_class_bias: str = setting("", "auto (by training frequency) or a JSON list, one number a class")
     ov_reject: str = setting("", "energy below which a mask is void, or auto")
     pretrain_steps: int = setting(2000, "of the toy tower that --quick makes")
@@ -141,14 +142,19 @@ class Config:
     profile: bool = setting(False, "time of the parts of a step in each log line, trace-RANK.json of two")
     debug: bool = setting(False, "show the traceback of an error")
 
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), field.metadata["least"]
+            if isinstance(value, int | float) and value < least:
+                raise ValueError(f"--{field.name.replace('_', '-')} {value}; give {least} or more")
+
 
 WEIGHTS = {"dinov2": "facebook/dinov2-with-registers-{}",
            "dinov3": "facebook/dinov3-vit{}16-pretrain-lvd1689m"}
 QUICK = dict(task="shapes", encoder="tiny", data="runs/shapes", out="runs/quick", encoder_weights="random",
              lr=2e-3, steps=330, warmup=(20, 0), llrd=1.0, clip_norm=0.1, num_points=1024, workers=0,
              log_every=30, save_every=110, eval_every=110, eval_limit=64)
-TOY_BATCH, TOY_LR = 32, 2e-3
-TOY_SIDE, TOY_PATCH, TOY_LENGTH = 64, 8, 4  # pixels; text tokens: "a red ring" and <eos>
+TOY_BATCH, TOY_LR, TOY_SIDE, TOY_PATCH, TOY_LENGTH = 32, 2e-3, 64, 8, 4  # pixels; tokens: a red ring <eos>
 # SigLIP 2 towers: size, side of the position table, patch, published checkpoint.
 TOWERS = {f"siglip2_{name}": (size, grid, 16, f"google/siglip2-{name}-patch16-{16 * grid}")
           for name, size, grid in (("base", siglip2.SIZES["base"], 32), ("large", siglip2.SIZES["large"], 32),
@@ -293,19 +299,16 @@ def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
 
 def split_batch(cfg: Config, world: int) -> int:
     """Images one rank handles at once; fills device_batch_size, returns the number of accumulation parts."""
-    for key, value in vars(cfg).items():
-        if isinstance(value, int | float) and value < (key == "batch_size") and key != "ov_bias":
-            raise ValueError(f"--{key.replace('_', '-')} {value}; give {int('batch' in key)} or more")
+    def divisors(size):
+        return ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
     if cfg.batch_size % world:
-        fits = [str(n) for n in range(1, cfg.batch_size + 1) if cfg.batch_size % n == 0]
         raise ValueError(f"--batch-size {cfg.batch_size} does not split over {world} ranks; "
-                         f"{', '.join(fits)} ranks fit, or a multiple of {world}")
+                         f"{divisors(cfg.batch_size)} ranks fit, or a multiple of {world}")
     share = cfg.batch_size // world
     cfg.device_batch_size = cfg.device_batch_size or share
     if share % cfg.device_batch_size:
-        fits = [str(n) for n in range(1, share + 1) if share % n == 0]
         raise ValueError(f"--device-batch-size {cfg.device_batch_size} does not divide the {share} images of "
-                         f"a rank; {', '.join(fits)} fit")
+                         f"a rank; {divisors(share)} fit")
     return share // cfg.device_batch_size
 
 
@@ -902,8 +905,7 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        names = [name for part in parts for name in part.names]
-        finite = finite.to("cpu", non_blocking=True)
+        finite, names = finite.to("cpu", non_blocking=True), [name for part in parts for name in part.names]
         copied = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
         self.pending, self.fault = (copied, finite, step, losses, gradient, names, self.fault), ""
         self.lap("optimiser")
@@ -919,9 +921,7 @@ class Trainer:
         if copied:  # no copy of the matcher's has waited where a step logs, or has no segment at all
             copied.synchronize()
         bad = 1 - finite.float()
-        if self.scaler.is_enabled():
-            bad = total(bad, self.world)
-        if bad:
+        if total(bad, self.world) if self.scaler.is_enabled() else bad:
             self.not_finite(*step)
 
     def not_finite(self, step, losses, gradient, names, fault):

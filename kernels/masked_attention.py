@@ -23,16 +23,16 @@ from .choose import INTERPRET, cast, jit, tl, triton, use_triton
 # Head size -> columns of its two tiles: matrix units want powers of two, and 72 padded to 128 wastes 44 %.
 HEAD_SIZES = {16: (16, 0), 32: (32, 0), 64: (64, 0), 72: (64, 16), 80: (64, 16), 96: (64, 32), 128: (128, 0)}
 
-# (rows, keys, warps, stages) per pass and largest head size: the largest tiles that compile without spills.
+# (rows, keys, warps, stages) per pass and largest head size: the largest without spills in triton 3.6, 3.7.
 # "big": Hopper, data-centre Blackwell (227 KiB of shared memory); "small": the rest (consumer cards: 99 KiB).
 CONFIGS = {
     "big": {"forward": {128: (128, 64, 8, 3)},
             "grad_q": {128: (128, 64, 8, 2)},
-            "grad_kv": {72: (64, 128, 8, 2), 128: (32, 128, 8, 2)}},
+            "grad_kv": {64: (64, 128, 8, 2), 128: (32, 128, 8, 2)}},
     "small": {"forward": {32: (128, 32, 4, 3), 64: (128, 64, 4, 3), 96: (128, 32, 4, 3),
                           128: (128, 64, 8, 2)},
               "grad_q": {96: (128, 32, 8, 2), 128: (64, 32, 4, 2)},
-              "grad_kv": {64: (64, 128, 8, 2), 96: (32, 128, 8, 2), 128: (32, 64, 4, 2)}},
+              "grad_kv": {64: (32, 128, 8, 2), 80: (32, 64, 8, 2), 96: (32, 64, 4, 1), 128: (32, 64, 8, 2)}},
 }
 
 

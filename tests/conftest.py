@@ -1,9 +1,24 @@
 """Every test runs on one thread: two threads on a shared machine cost milliseconds an operation."""
 # SPDX-License-Identifier: MIT
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for a bare `pytest`
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # for a bare `pytest`
 torch.set_num_threads(1)
+
+
+def run_interpreted(file, least):
+    """The tests of `file` in a process of their own under Triton's interpreter; `least` of them must pass."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "pytest", "-p", "no:cacheprovider",
+               "-o", "addopts=", "-m", "not gpu and not slow", str(Path(file).relative_to(ROOT))]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    passed = int(re.search(r"(\d+) passed", done.stdout)[1])
+    assert passed >= least, done.stdout[-1000:]  # a run that selects nothing must not pass

@@ -6,8 +6,6 @@ tests marked `interpreted` in a process of their own.
 # SPDX-License-Identifier: MIT
 import importlib
 import math
-import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import ahead, masked_attention, pack_mask
 from kernels.choose import INTERPRET, triton
+
+from .conftest import run_interpreted
 
 # The package exports functions of the modules' own names.
 attention_module = importlib.import_module("kernels.masked_attention")
@@ -546,13 +546,7 @@ def test_interpreted_launches_on_the_device_of_the_tensors(monkeypatch):
 
 @pytest.mark.skipif(triton is None or bool(INTERPRET), reason="the interpreter comes with triton")
 def test_interpreter_all_cases():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "pytest", "-p", "no:cacheprovider",
-               "-o", "addopts=", "-m", "not gpu and not slow", str(Path(__file__).relative_to(ROOT))]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    passed = int(re.search(r"(\d+) passed", done.stdout)[1])
-    assert passed >= 50, done.stdout[-1000:]  # a run that selects nothing must not pass
+    run_interpreted(__file__, 50)
 
 
 # ---- ahead of time: what a GPU would run, without one ----

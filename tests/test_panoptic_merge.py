@@ -8,9 +8,6 @@ tests marked `interpreted` in a process of their own.
 import importlib
 import importlib.util
 import math
-import os
-import re
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -23,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import eomt
 from kernels import panoptic_merge, restored
 from kernels.choose import INTERPRET, triton
+
+from .conftest import run_interpreted
 
 merge_module = importlib.import_module("kernels.panoptic_merge")  # the package exports a function
 SHIPPED = merge_module.TILE
@@ -376,13 +375,7 @@ def test_interpreted_refuses_float64():
 
 @pytest.mark.skipif(triton is None or bool(INTERPRET), reason="the interpreter comes with triton")
 def test_interpreter_all_cases():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "pytest", "-p", "no:cacheprovider",
-               "-o", "addopts=", "-m", "not gpu and not slow", str(Path(__file__).relative_to(ROOT))]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    passed = int(re.search(r"(\d+) passed", done.stdout)[1])
-    assert passed >= 45, done.stdout[-1000:]  # a run that selects nothing must not pass
+    run_interpreted(__file__, 45)
 
 
 @pytest.mark.gpu

@@ -6,11 +6,6 @@ tests/test_kernels.py; the compiler's gate for these kernels is there too.
 # SPDX-License-Identifier: MIT
 import importlib
 import math
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from kernels import upscale
 from kernels.choose import INTERPRET, triton
 
-from .test_kernels import DTYPES, ROOT, TOLERANCE, compiled, error, gpu, interpreted, surrounded
+from .conftest import run_interpreted
+from .test_kernels import DTYPES, TOLERANCE, compiled, error, gpu, interpreted, surrounded
 
 module = importlib.import_module("kernels.upscale")
 NAMES = "out", "dx", "dweight1", "dbias1", "dweight2", "dgain", "dshift"
@@ -266,12 +262,7 @@ def test_interpreted_autocast():
 
 @pytest.mark.skipif(triton is None or bool(INTERPRET), reason="the interpreter comes with triton")
 def test_interpreter_all_cases():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "pytest", "-p", "no:cacheprovider",
-               "-o", "addopts=", "-m", "not gpu and not slow", str(Path(__file__).relative_to(ROOT))]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 18, done.stdout[-1000:]
+    run_interpreted(__file__, 18)
 
 
 # ---- a real GPU ----
