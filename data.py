@@ -627,12 +627,12 @@ def label_map(data: bytes, where: str) -> np.ndarray:
 
 
 def id_map(data: bytes, where: str) -> np.ndarray:
-    """Ids uint32 (H,W) = R + 256 G + 65536 B of a panoptic PNG."""
+    """Ids uint32 (H,W) = R + 256 G + 65536 B of a panoptic PNG, in the lower 24 bits; the upper 8 are set."""
     picture = open_picture(data, where)
     if picture.mode != "RGB":
         raise ValueError(f"{where}: mode {picture.mode}, wanted RGB (id = R + 256 G + 65536 B); convert it")
     width, height = picture.size
-    return np.frombuffer(picture.tobytes("raw", "RGBX"), "<u4").reshape(height, width) & 0xFFFFFF  # (H, W)
+    return np.frombuffer(picture.tobytes("raw", "RGBX"), "<u4").reshape(height, width)  # (H, W)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -696,7 +696,8 @@ class CocoPanoptic(_Coco):
             raise ValueError(f"{where}: PNG {found}, its JSON says {said}; get the matching pair")
         # a map is a few thousand runs of one id; each is looked up once
         start = np.append(0, np.flatnonzero(png.ravel()[1:] != png.ravel()[:-1]) + 1)  # (R,)
-        found, length, order = png.ravel()[start], np.diff(start, append=png.size), np.argsort(ids)
+        found, length = png.ravel()[start] & 0xFFFFFF, np.diff(start, append=png.size)  # (R,), (R,)
+        order = np.argsort(ids)
         index = order[np.searchsorted(ids, found, sorter=order).clip(max=len(rows))]  # (R,), 0 = void
         for unknown in found[ids[index] != found][:1]:
             raise ValueError(f"{where}: id {unknown} is not in its JSON; get the matching pair")
@@ -899,55 +900,52 @@ def oriented(picture: Image.Image, hw: tuple[int, int], where: str) -> Image.Ima
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
-GREY = np.array([0.299, 0.587, 0.114], np.float32)
+GREY = np.array([38, 75, 15], np.int16)  # of 128: .299 .587 .114
 
 
-def _turn_hue(x, sixths):
-    """Hue + `sixths` (below 1) of a sixth of a turn in float32 (3,H,W), whose other HSV values stay.
+def _turn_hue(x, amount):
+    """Hue + `amount` (below 1) of a sixth of a turn in int16 (3,H,W), whose other HSV values stay.
 
     Around the circle a channel is at the top, slopes to the bottom, stays there, slopes back. It moves by
-    sixths * (top - bottom) from where an endless slope would be, down if the channel before it is the smaller
+    amount * (top - bottom) from where an endless slope would be, down if the channel before it is the smaller
     neighbour, and is cut to the ends.
     """
-    x = (x + np.float32(0.5)).astype(np.int16)  # (3, H, W), as are the outputs: half the bytes of float32
     top, low = np.maximum(np.maximum(x[0], x[1]), x[2]), np.minimum(np.minimum(x[0], x[1]), x[2])  # (H, W)
-    step = (top - low) * round(128 * sixths) + 64 >> 7  # (H, W)
+    step = (top - low) * round(64 * amount) + 32 >> 6  # (H, W)
     up, back = top + low - x[0] - x[1] - x[2] + step, -2 * step  # (H, W)
-    out = np.empty(x.shape, np.float32)  # (3, H, W)
-    for k in range(3):
-        moved = (x[k - 1] - x[k - 2] >> 15 & back) + up + 2 * x[k]  # (H, W); >> 15: all bits if down
-        out[k] = np.minimum(np.maximum(moved, low), top)
-    return out
+    # >> 15: all bits if the channel before it is the smaller neighbour
+    moved = [(x[k - 1] - x[k - 2] >> 15 & back) + up + 2 * x[k] for k in range(3)]  # 3 x (H, W)
+    return np.minimum(np.maximum(moved, low), top)
 
 
 def draw_jitter(picture: Image.Image, rng: np.random.Generator) -> list[tuple[str, float, float]]:
     """Random brightness, contrast (before or after the others), saturation, hue, each with p = 0.5: steps of
-    (kind, amount, mean grey of the whole picture just before)."""
+    (kind, amount in 64ths, for contrast the mean grey of the whole picture just before)."""
     # widths 32/255, 0.5, 0.5, 18/360 are SSD's and upstream's
     kinds = [("brightness", 32 / 255), ("contrast", 0.5), ("saturation", 0.5), ("hue", 6 * 18 / 360)]
     kinds.insert(rng.choice((1, 3)), kinds.pop(1))
-    steps, mean = [], 0.0
+    steps = []
     for kind, width in (one for one in kinds if rng.random() < 0.5):
+        mean = 0.0
         if kind == "contrast":
             small = np.stack(picture.reduce(8).split())  # (3, H/8, W/8)
-            mean = float(GREY @ jitter(small, steps).mean((1, 2)))
-        steps.append((kind, rng.uniform(-width, width) + (kind != "hue"), mean))
+            mean = float(GREY @ jitter(small, steps).mean((1, 2)) / 128)
+        steps.append((kind, round(64 * (rng.uniform(-width, width) + (kind != "hue"))) / 64, mean))
     return steps
 
 
 def jitter(pixels: np.ndarray, steps: Sequence[tuple[str, float, float]]) -> np.ndarray:
     """Recolours uint8 (3,H,W), any part of a picture, in place, by the steps of `draw_jitter`."""
-    for first in range(0, pixels.shape[1] if steps else 0, 64):  # bands that stay in the CPU's cache
-        x = pixels[:, first:first + 64].astype(np.float32)  # (3, 64, W)
+    for first in range(0, pixels.shape[1] if steps else 0, 128):  # bands that stay in the CPU's cache
+        x = pixels[:, first:first + 128].astype(np.int16)  # (3, 128, W); sums of products stay below 2^15
         for kind, amount, mean in steps:
             if kind == "hue":
-                x = _turn_hue(x, amount)  # (3, 64, W)
-            else:  # away from black, from the mean grey, or from each pixel's
-                origin = np.tensordot(GREY, x, 1) if kind == "saturation" else mean * (kind == "contrast")
-                x *= np.float32(amount)
-                x += np.float32(1 - amount) * origin
-                np.clip(x, 0, 255, out=x)
-        pixels[:, first:first + 64] = x + np.float32(0.5)
+                x = _turn_hue(x, amount)  # (3, 128, W)
+            else:  # away from each pixel's grey, from the mean, or from black, which is 0
+                grey = GREY[0] * x[0] + GREY[1] * x[1] + GREY[2] * x[2] >> 7 if kind == "saturation" else mean
+                share = round(64 * amount)
+                x = np.clip(x * share + np.asarray((64 - share) * grey + 32, np.int16) >> 6, 0, 255)
+        pixels[:, first:first + 128] = x
     return pixels
 
 
@@ -1016,10 +1014,11 @@ class Augment:
         rows = (2 * y + 1) * height // (2 * window.height)  # of the pixel under the centre, in exact integers
         columns = (2 * x + 1) * width // (2 * window.width)
         columns = width - 1 - columns if window.flip else columns
-        ids = np.zeros((len(source), self.size, self.size), np.uint8)  # (L, S, S)
-        ids[:, :len(y), :len(x)] = source.take(rows, 1).take(columns, 2)
+        part = source.take(rows, 1).take(columns, 2)  # (L, h, w)
         # Pillow counts bytes three times faster than bincount
-        present = np.array([Image.fromarray(layer).histogram() for layer in ids]) > 0  # (L, 256)
+        present = np.array([Image.fromarray(layer).histogram() for layer in part]) > 0  # (L, 256)
+        ids = np.zeros((len(source), self.size, self.size), np.uint8)  # (L, S, S)
+        ids[:, :len(y), :len(x)] = part
         return ids, present[target.layer.numpy(), target.value.numpy()]
 
     def cut_picture(self, window: Window, picture: Image.Image, rng=None) -> np.ndarray:
@@ -1035,7 +1034,10 @@ class Augment:
         left, right, x = _cut(left, columns, width / shrink, window.width)
         part = picture.crop((left, top, right, bottom))
         steps = draw_jitter(picture, rng) if self.color_jitter else []
-        part = jitter(np.stack(part.split()), steps) if steps else np.array(part).transpose(2, 0, 1)
+        if steps and part.width * part.height < rows * columns:  # recolour where there are fewer pixels
+            planes, steps = jitter(np.stack(part.split()), steps), []  # (3, h, w)
+            part = Image.merge("RGB", [Image.fromarray(plane) for plane in planes])
+        part = np.array(part).transpose(2, 0, 1)  # (3, h, w); torch resizes interleaved bytes the fastest
         # a ratio a little too large: its product with the sides is rounded down
         ratio = [(a + 1e-3) * shrink / b for a, b in zip(window[:2], window.source, strict=True)]
         part = torch.from_numpy(part)[None]  # (1, 3, h, w)
@@ -1043,6 +1045,7 @@ class Augment:
         lines = part[0, :, y:y + rows, x:x + columns].numpy()  # (3, rows, columns)
         canvas = np.zeros((3, self.size, self.size), np.uint8)  # (3, S, S)
         canvas[:, :rows, :columns] = lines[:, :, ::-1] if window.flip else lines
+        jitter(canvas[:, :rows, :columns], steps)
         return canvas
 
 
@@ -1500,7 +1503,7 @@ def grid(dataset: SegmentDataset, count: int = 8, height: int = 200) -> Image.Im
     return page
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description="Check a data folder, draw some of it.", allow_abbrev=False)
     parser.add_argument("path", help="folder (or zip) that holds the data")
     parser.add_argument("--task", default="auto", help=f"auto, {', '.join(TASKS)}")
@@ -1508,11 +1511,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--decode", action="store_true", help="also decode every image and mask")
     parser.add_argument("--out", default="data_check.png", help="picture to write")
     args = parser.parse_args(argv)
-    try:
-        task = find_task(args.path, args.task)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    task = find_task(args.path, args.task)
     print(f"{args.path}: {task.name}, {task.kind}, {len(task.vocabulary.names)} classes")
     page, wrong = None, 0
     for split in args.split.split(","):
@@ -1529,4 +1528,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(main, sys.argv[1:]))
