@@ -553,7 +553,7 @@ class Target:
 
     def masks(self) -> Tensor:
         """Bool (T,H,W)."""
-        return self.ids[self.layer] == self.value[:, None, None]  # (T, H, W)
+        return self.ids[self.layer] == self.value[:, None, None].to(torch.uint8)  # (T, H, W)
 
     def to(self, device) -> "Target":
         return Target(*(getattr(self, field.name).to(device) for field in fields(self)))
@@ -767,8 +767,7 @@ class LabelPairs:
                           for s in sorted(stems.difference(self.stems))]
         self.slot = np.full(256, -1)  # pixel value -> class index + 1; 0 ignored; -1 unknown
         self.slot[list(self.spec.ignored)] = 0
-        ids = np.array(task.vocabulary.ids)
-        self.slot[ids + self.spec.offset] = np.arange(1, len(ids) + 1)
+        self.slot[np.array(task.vocabulary.ids) + self.spec.offset] = 1 + np.arange(len(task.vocabulary.ids))
 
     def _classes(self, i):
         """Class index + 1, 0 = ignored: uint8 (H,W)."""
@@ -1233,6 +1232,8 @@ def positions(n: int, batch_size: int, seed: int, step: int) -> list[tuple[int, 
 def one_line(error: BaseException) -> str:
     """The line a script ends with. Torch's signal handler tells of a killed data process at any moment."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+    if isinstance(error, OSError) and error.filename:
+        text = f"{error.filename}: {error.strerror.lower()}"
     if text.startswith("DataLoader worker"):
         text = f"a data worker died ({text}); use fewer --workers, or more memory"
     return text

@@ -462,7 +462,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for word in argv:
         if flag := ORIGINAL.get(word.split("=")[0].removeprefix("MODEL.")):
             raise ValueError(f"{word}: this is {flag} here; see --help")
-    return parser().parse_args(argv)
+    args = parser().parse_args(argv)
+    if min(args.limit, args.workers) < 0:
+        raise ValueError(f"--limit {args.limit}, --workers {args.workers}: below 0; give 0 or more")
+    if args.out and not Path(args.out).parent.is_dir():  # known now, not after the evaluation
+        raise FileNotFoundError(f"--out {args.out}: its folder is missing; make it")
+    return args
 
 
 def load_model(args) -> eomt.EoMT:
@@ -560,7 +565,7 @@ def run(args) -> Result:
     if args.device == "cuda" and world > 1:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     model = load_model(args)
-    if args.size % model.encoder.patch:
+    if args.size < 0 or args.size % model.encoder.patch:
         raise ValueError(f"--size {args.size}: no multiple of the patch size {model.encoder.patch}")
     model.meta["size"] = args.size or model.meta["size"]
     task, root = open_task(model, args)

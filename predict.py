@@ -7,7 +7,6 @@
 Results come in COCO's panoptic layout: NAME.png with id = R + 256 G + 65536 B, and predictions.json.
 The drawing functions also make train.py's pictures; they need Pillow only.
 """
-
 # SPDX-License-Identifier: MIT
 import argparse
 import colorsys
@@ -28,9 +27,7 @@ import vocab
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Drawing
-# ------------------------------------------------------------------------------------------------------------
+# ---- Drawing -----------------------------------------------------------------------------------------------
 def colour(index: int) -> tuple[int, int, int]:
     """The index-th of endless well-separated colours: golden-ratio hues, three strengths."""
     strength, value = (0.85, 0.6, 1.0)[index % 3], (1.0, 0.85, 0.7)[index // 3 % 3]
@@ -162,9 +159,7 @@ def draw_bars(rows: list[tuple[str, float]], path, width=700):
     sheet.save(path)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Export
-# ------------------------------------------------------------------------------------------------------------
+# ---- Export ------------------------------------------------------------------------------------------------
 class Logits(torch.nn.Module):
     """A model as images uint8 (B,3,S,S) -> mask logits, class logits: two tensors, as exporters want it."""
 
@@ -204,9 +199,7 @@ def export(model, path: Path) -> float | None:
     return max((a - b).abs().max().item() for a, b in zip(want, got, strict=True))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Open vocabulary
-# ------------------------------------------------------------------------------------------------------------
+# ---- Open vocabulary ---------------------------------------------------------------------------------------
 def set_words(model, words, texts, args):
     """A vocabulary and its texts become the classes; those that share a word with a trained one are seen."""
     trained, indices = model.meta["trained"]
@@ -231,8 +224,8 @@ def set_prompts(model, args):
 
 
 @torch.inference_mode()
-def segment_open(model, image):
-    """Panoptic of the first `shown` classes, and per segment its scores and region embedding (C_t,)."""
+def segment_open(model, image, embeddings=False):
+    """Panoptic of the first `shown` classes; per segment its scores, with `embeddings` its region's, too."""
     head, calls = model.class_head, []
     hook = head.register_forward_hook(lambda module, inputs, output: calls.append((*inputs, output)))
     result = eomt.segment(model, [image], "panoptic")[0]
@@ -248,15 +241,14 @@ def segment_open(model, image):
         fit = (prob - result.scores[s]).abs() + (labels != label)  # the query that this segment came from
         q = fit.argmin().item()
         rows.append(dict(score_in=known[q, label].item(), score_out=l_out[q].softmax(-1)[label].item(),
-                         presence=l_out[q, label].sigmoid().item(), embedding=region[0, q].tolist()))
+                         presence=l_out[q, label].sigmoid().item()))
+        rows[-1] |= dict(embedding=region[0, q].tolist()) if embeddings else {}
     table = torch.zeros(len(result.labels) + 1, dtype=result.ids.dtype, device=result.ids.device)  # (S+1,)
     table[[s + 1 for s in keep]] = torch.arange(1, len(keep) + 1, dtype=table.dtype, device=table.device)
     return eomt.Panoptic(table[result.ids.long()], result.labels[keep], result.scores[keep]), rows
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Command line
-# ------------------------------------------------------------------------------------------------------------
+# ---- Command line ------------------------------------------------------------------------------------------
 def expand(patterns: list[str]) -> list[Path]:
     """Images named by files, folders and globs, in that order, none twice."""
     found = {}
@@ -282,7 +274,7 @@ def open_image(path: Path) -> torch.Tensor:
     return torch.from_numpy(array.copy()).permute(2, 0, 1)
 
 
-def write_result(path: Path, image, result, meta, out: Path, number: int, details=()) -> dict:
+def write_result(path: Path, image, result, details, meta, out: Path, number: int) -> dict:
     """NAME.overlay.png and NAME.png (ids); returns the image's row of predictions.json."""
     ids, rows = layers(result, meta["kind"], meta["names"])
     overlay(image.permute(1, 2, 0).numpy(), ids, rows).save(out / f"{path.stem}.overlay.png")
@@ -336,7 +328,7 @@ def run(args):
     set_task(model, args)
     if args.prompts is not None:
         set_prompts(model, args)
-    if args.size % model.encoder.patch:
+    if args.size < 0 or args.size % model.encoder.patch:
         raise ValueError(f"--size {args.size}: not a multiple of the patch size {model.encoder.patch}")
     model.meta["size"] = args.size or model.meta["size"]
     if args.export:
@@ -351,20 +343,21 @@ def run(args):
     if twice:
         raise ValueError(f"{twice}: two images of this name would write one result; give two --out folders")
     out.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows, bad, free = [], [], "open" in model.config and model.meta["kind"] == "panoptic"
     for number, path in enumerate(tqdm(paths, unit="img", disable=not sys.stderr.isatty())):
-        image = open_image(path)
-        details = []
-        if "open" in model.config and model.meta["kind"] == "panoptic":
-            result, details = segment_open(model, image)
-            if not args.embeddings:
-                details = [{key: row[key] for key in row if key != "embedding"} for row in details]
-        else:
-            result = eomt.segment(model, [image], model.meta["kind"])[0]
-        rows.append(write_result(path, image, result, model.meta, out, number, details))
+        try:
+            image = open_image(path)
+        except ValueError as error:  # told at the end; the others are not lost for it
+            bad.append(str(error))
+            continue
+        answer = segment_open(model, image, args.embeddings) if free else \
+            (eomt.segment(model, [image], model.meta["kind"])[0], [])
+        rows.append(write_result(path, image, *answer, model.meta, out, number))
         found = ", ".join(r["name"] for r in rows[-1]["segments_info"]) or "nothing"
         print(f"{path}: {found} -> {out / path.stem}.overlay.png")
     (out / "predictions.json").write_text(json.dumps(dict(annotations=rows), indent=1))
+    if bad:
+        raise ValueError(bad[0] + (f" (and {len(bad) - 1} more of {len(paths)} images)" if bad[1:] else ""))
 
 
 def main():

@@ -620,10 +620,11 @@ def resume(out: Path, model, optimizer, cfg, say) -> int:
 def claim(out: Path, cfg: Config):
     """Refuses to mix two runs in one folder."""
     used = out.exists() and any(p.name == "config.json" or p.name.startswith("step-") for p in out.iterdir())
-    if used and cfg.overwrite:
+    if used and cfg.overwrite and (out / "log.txt").exists():  # a model of others has a config.json, too
         shutil.rmtree(out)
-    elif used and not cfg.resume:
-        raise ValueError(f"{out}: already holds a run; --resume continues it, --overwrite replaces it")
+    elif used and (cfg.overwrite or not cfg.resume):
+        what = "no run of train.py" if cfg.overwrite else "already holds a run"
+        raise ValueError(f"{out}: {what}; --resume continues a run, --overwrite replaces it")
     out.mkdir(parents=True, exist_ok=True)
 
 
@@ -1226,9 +1227,8 @@ def run(cfg: Config, origin: dict) -> int:
     trainer = Trainer(cfg, model.to(device), device, rank, world, Log(out, rank), sets)
     first, began = start(trainer), time.time()
     trainer.wrap()
-    facts = dict(train_images=images, val_images=len(sets["val"]),
-                 parameters=sum(p.numel() for p in model.parameters()))
-    trainer.log.start_wandb(cfg, model, facts)
+    trainer.log.start_wandb(cfg, model, dict(train_images=images, val_images=len(sets["val"]),
+                                             parameters=sum(p.numel() for p in model.parameters())))
     code = trainer.watched(first, Stop())
     if trainer.log.wandb:
         trainer.log.wandb.finish(code)

@@ -267,6 +267,11 @@ def test_eval_partial_and_refusals(short_run, shapes, tmp_path):
     out, _ = short_run
     done = run("eval.py", "--ckpt", out, "--data", shapes, "--limit", 3, "--workers", 0)
     assert "images 3" in done.stdout and "(partial)" in done.stdout
+    for flags, said in ((["--limit", -3], "--limit -3, --workers 2: below 0; give 0 or more"),
+                        (["--size", -16], "--size -16: no multiple of the patch size 8"),
+                        (["--out", tmp_path / "no" / "x.json"], "its folder is missing; make it")):
+        done = run("eval.py", "--ckpt", out, "--data", shapes, *flags)
+        assert done.returncode == 1 and done.stderr.startswith("error: ") and said in done.stderr
     done = run("eval.py", "--ckpt", tmp_path / "nothing", "--data", shapes)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert "PQ" not in done.stdout
@@ -291,6 +296,26 @@ def test_predict_command(short_run, tmp_path):
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "b.jpg").read_bytes()[:200])
     done = run("predict.py", tmp_path / "cut.jpg", "--ckpt", short_run[0], "--out", tmp_path / "out")
     assert done.returncode == 1 and re.fullmatch(r"error: .*cut\.jpg: cannot be decoded.*\n", done.stderr)
+    (tmp_path / "aa.jpg").write_bytes(b"")
+    done = run("predict.py", tmp_path, "--ckpt", short_run[0], "--out", tmp_path / "rest")
+    line = r"error: .*aa\.jpg: cannot be decoded.* \(and 1 more of 4 images\)\n"  # and the others are there
+    assert done.returncode == 1 and re.fullmatch(line, done.stderr)
+    rows = json.loads((tmp_path / "rest" / "predictions.json").read_text())["annotations"]
+    assert [row["image"] for row in rows] == ["a.png", "b.jpg"] and (tmp_path / "rest" / "b.png").exists()
+    done = run("predict.py", tmp_path, "--ckpt", short_run[0], "--out", tmp_path / "a.png")
+    assert (done.returncode, done.stderr) == (1, f"error: {tmp_path / 'a.png'}: file exists\n")
+
+
+def test_overwrite_leaves_models_of_others_alone(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"precious")
+    for flags, said in (({}, "already holds a run"), ({"overwrite": True}, "no run of train.py")):
+        with pytest.raises(ValueError, match=f"{said}; --resume continues a run, --overwrite replaces it$"):
+            train.claim(tmp_path, train.Config(**flags))
+    assert len(list(tmp_path.iterdir())) == 2
+    (tmp_path / "log.txt").touch()
+    train.claim(tmp_path, train.Config(overwrite=True))
+    assert not list(tmp_path.iterdir())
 
 
 def test_existing_run_is_kept(short_run, shapes):
