@@ -523,8 +523,8 @@ def query_noise(seeds: list[int], num_blocks: int, num_queries: int) -> torch.Te
 
 
 # ---- Checkpoints of a run: one folder, whole or not there --------------------------------------------------
-def save_checkpoint(folder: Path, model, optimizer, cfg, step, meta, resumable=True):
-    """Writes `folder` beside itself, syncs every file to disk, then renames it into place at once."""
+def save_checkpoint(folder: Path, model, kept, cfg, step, meta, resumable=True):
+    """Writes `folder` beside itself, syncs it, renames it into place. `kept`: what else has a state, named."""
     temporary = folder.parent / f".tmp-{folder.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -534,7 +534,7 @@ def save_checkpoint(folder: Path, model, optimizer, cfg, step, meta, resumable=T
             eomt.save_adapters(temporary / "adapters.safetensors", model)
         if resumable:
             with open(temporary / "resume.pt", "wb") as file:  # torch's own writer does not say what failed
-                torch.save(dict(optimizer=optimizer.state_dict(), step=step), file)
+                torch.save(dict(step=step) | {name: one.state_dict() for name, one in kept.items()}, file)
         sums = {p.name: eomt.sha256(p) for p in sorted(temporary.iterdir())}
         text = json.dumps(dict(config=dataclasses.asdict(cfg), step=step, sha256=sums), indent=1)
         (temporary / "meta.json").write_text(text)
@@ -542,8 +542,7 @@ def save_checkpoint(folder: Path, model, optimizer, cfg, step, meta, resumable=T
             _sync(path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of the file's OSError
         shutil.rmtree(temporary, ignore_errors=True)
-        reason = error if isinstance(error, OSError) else error.__context__ or error
-        reason = str(reason).splitlines()[0]
+        reason = data.one_line(error if isinstance(error, OSError) else error.__context__ or error)
         raise OSError(f"{folder}: cannot be written ({reason}); make room or give another --out; the "
                       "checkpoints before it are whole") from error
     if folder.exists():  # best/ is replaced: the old one goes only when the new one is whole
@@ -588,10 +587,9 @@ def tidy(out: Path):
         shutil.rmtree(path, ignore_errors=True) if final.exists() else os.rename(path, final)
 
 
-def resume(out: Path, model, optimizer, cfg, say) -> int:
+def resume(out: Path, model, kept, cfg, say) -> int:
     """Loads the newest checkpoint whose sums are right; returns its step, 0 where there is none."""
-    folders = run_steps(out)
-    for folder in folders:
+    for folder in (folders := run_steps(out)):
         gone = [name for name in ("meta.json", "resume.pt") if not (folder / name).exists()]
         fault = f"{folder}!{gone[0]}: missing" if gone else eomt.damaged(folder)
         if fault:
@@ -606,9 +604,10 @@ def resume(out: Path, model, optimizer, cfg, say) -> int:
                              "use the same, or another --out")
         eomt.fill(model, eomt.read(folder)[1], folder)
         state = eomt.unpickle(folder / "resume.pt")
-        if not isinstance(state, dict) or state.keys() != {"optimizer", "step"}:
+        if not isinstance(state, dict) or state.keys() != {"step", *kept}:
             raise ValueError(f"{folder}!resume.pt: not what train.py writes; remove this checkpoint")
-        optimizer.load_state_dict(state["optimizer"])
+        for name in (name for name in kept if state[name]):  # a scaler that was not in use has none
+            kept[name].load_state_dict(state[name])
         say(f"resumed {folder}")
         return state["step"]
     if folders:
@@ -803,6 +802,7 @@ class Trainer:
             raise ValueError(f"--amp {cfg.amp}: unknown; one of {', '.join(dtypes)}")
         self.cast = torch.autocast(device.type, dtypes[cfg.amp], enabled=cuda and cfg.amp != "off")
         self.scaler = torch.amp.GradScaler(enabled=cuda and cfg.amp == "fp16")
+        self.kept = dict(optimizer=self.optimizer, scaler=self.scaler)
         self.best, self.bad, self.skipped, self.warned = -1.0, 0, 0, set()
         self.done, self.missed, self.fault, self.pending = 0, False, "", None
         self.lap = Profile(device, log.out / f"trace-{rank}.json") if cfg.profile else lambda part: None
@@ -960,7 +960,7 @@ class Trainer:
     def save(self, step):
         if self.rank == 0:
             folder = self.log.out / f"step-{step:08d}"
-            save_checkpoint(folder, self.raw, self.optimizer, self.cfg, step, self.raw.meta)
+            save_checkpoint(folder, self.raw, self.kept, self.cfg, step, self.raw.meta)
             prune(self.log.out, step)
 
     def due(self, done: int) -> bool:
@@ -984,7 +984,7 @@ class Trainer:
             self.log.draw_curves()
             if not result.partial and not result.numbers[result.headline] <= self.best:  # nan is better
                 self.best = result.numbers[result.headline]
-                save_checkpoint(out / "best", model, self.optimizer, cfg, step, model.meta, resumable=False)
+                save_checkpoint(out / "best", model, self.kept, cfg, step, model.meta, resumable=False)
             summary = dict(step=step, best=self.best, bad=self.bad, **result.numbers)
             replace(out / "summary.json", json.dumps(summary, indent=1))
         model.train()
@@ -1174,7 +1174,7 @@ def open_model(cfg: Config, task, rank: int, sets, begin) -> eomt.OpenVocabEoMT:
 def start(trainer: Trainer) -> int:
     """Weights of the first step, and its number; a full or read-only disk is found now, not in an hour."""
     cfg, log, model = trainer.cfg, trainer.log, trainer.raw
-    first = resume(log.out, model, trainer.optimizer, cfg, log.say) if cfg.resume else 0
+    first = resume(log.out, model, trainer.kept, cfg, log.say) if cfg.resume else 0
     if not first and not cfg.stage:
         load_start(model, cfg, log.say)
     if cfg.resume:
@@ -1184,7 +1184,7 @@ def start(trainer: Trainer) -> int:
         log.rewind(first)
     if trainer.rank == 0:
         trial = log.out / ".tmp-trial"
-        save_checkpoint(trial, model, trainer.optimizer, cfg, first, model.meta)
+        save_checkpoint(trial, model, trainer.kept, cfg, first, model.meta)
         shutil.rmtree(trial)
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         sha = subprocess.run(git, capture_output=True, text=True).stdout.strip()

@@ -21,38 +21,38 @@ EVENTS = {"os.rename", "os.mkdir", "os.rmdir", "os.remove"}  # and "open" inside
 
 @pytest.fixture(scope="module")
 def parts():
-    """(cfg, model, optimizer) with a filled optimiser state, small enough to be saved hundreds of times."""
+    """(cfg, model, kept) with a filled optimiser state, small enough to be saved hundreds of times."""
     cfg, _ = train.parse(["--quick"])
     model = eomt.EoMT(eomt.ViT(16, 2, 2, 8, (2, 2)), 3, 2, 1)
     optimizer = torch.optim.AdamW(model.parameters(), 0.01)
     sum(p.sum() for p in model.parameters()).backward()
     optimizer.step()
-    return cfg, model, optimizer
+    return cfg, model, {"optimizer": optimizer}
 
 
 def save(parts, out, step):
     """What training does at step `step`: the weights say which it was."""
-    cfg, model, optimizer = parts
+    cfg, model, kept = parts
     with torch.no_grad():
         model.q.weight.fill_(step)
-    train.save_checkpoint(out / f"step-{step:08d}", model, optimizer, cfg, step, {})
+    train.save_checkpoint(out / f"step-{step:08d}", model, kept, cfg, step, {})
     train.prune(out, step)
 
 
 def save_best(parts, out, step):
-    cfg, model, optimizer = parts
+    cfg, model, kept = parts
     with torch.no_grad():
         model.q.weight.fill_(step)
-    train.save_checkpoint(out / "best", model, optimizer, cfg, step, {}, resumable=False)
+    train.save_checkpoint(out / "best", model, kept, cfg, step, {}, resumable=False)
 
 
 def resumed(parts, out):
     """The step that the next start takes up, its weights looked at."""
-    cfg, model, optimizer = parts
+    cfg, model, kept = parts
     train.tidy(out)
     with torch.no_grad():
         model.q.weight.zero_()
-    step = train.resume(out, model, optimizer, cfg, lambda text: None)
+    step = train.resume(out, model, kept, cfg, lambda text: None)
     assert (model.q.weight == step).all()
     litter = {path.name for path in out.iterdir()} - {path.name for path in train.run_steps(out)}
     assert litter <= {"best", "filler"}, litter
@@ -228,7 +228,7 @@ def test_full_disk_and_file_limit(parts, tmp_path):
     out = tmp_path / "run"
     save(parts, out, 1)
     size = max(path.stat().st_size for path in (out / "step-00000001").iterdir())
-    cfg, model, optimizer = parts
+    cfg, model, kept = parts
 
     def limited():
         resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, size - 1))
@@ -331,12 +331,12 @@ def flip(path, at=-20):
 )
 def test_damage_takes_the_one_before(parts, tmp_path, file, fault):
     """The newest is passed over with a warning and goes at the next save, when there is a newer whole one."""
-    cfg, model, optimizer = parts
+    cfg, model, kept = parts
     out, said = tmp_path / "run", []
     for step in (10, 20):
         save(parts, out, step)
     fault(out / "step-00000020" / file)
-    assert train.resume(out, model, optimizer, cfg, said.append) == 10
+    assert train.resume(out, model, kept, cfg, said.append) == 10
     assert len(said) == 2 and f"step-00000020!{file}: " in said[0] and said[0].startswith("warning: ")
     save(parts, out, 12)
     assert [path.name for path in train.run_steps(out)] == ["step-00000012", "step-00000010"]
@@ -344,7 +344,20 @@ def test_damage_takes_the_one_before(parts, tmp_path, file, fault):
     for folder in train.run_steps(out):
         flip(folder / "model.safetensors")
     with pytest.raises(ValueError, match="none of its checkpoints is whole"):
-        train.resume(out, model, optimizer, cfg, said.append)
+        train.resume(out, model, kept, cfg, said.append)
+
+
+@pytest.mark.parametrize("before,after", [(True, True), (True, False), (False, True)])
+def test_gradient_scale_goes_on(parts, tmp_path, before, after):
+    """fp16 goes on with the scale that it had found; --amp may change between a run and its resumption."""
+    cfg, model, kept = parts
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**11, enabled=before)
+    scaler.scale(torch.ones(1))
+    save((cfg, model, kept | {"scaler": scaler}), tmp_path, 3)
+    fresh = torch.amp.GradScaler("cpu", enabled=after)
+    assert train.resume(tmp_path, model, kept | {"scaler": fresh}, cfg, print) == 3
+    fresh.scale(torch.ones(1))
+    assert fresh.get_scale() == ((2.0**11 if before else 2.0**16) if after else 1.0)
 
 
 def test_summary_and_rows_survive_a_cut(tmp_path):

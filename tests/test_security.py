@@ -123,7 +123,7 @@ def test_payload_runs_without_us(tmp_path):
 
 def test_resume_file_with_code(parts, tmp_path):  # noqa: F811
     """A checkpoint from elsewhere with right sums: its optimiser state is data, or nothing."""
-    cfg, model, optimizer = parts
+    cfg, model, kept = parts
     for value in payloads(tmp_path / "mark").values():
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         save(parts, tmp_path / "run", 1)
@@ -133,14 +133,14 @@ def test_resume_file_with_code(parts, tmp_path):  # noqa: F811
         meta["sha256"]["resume.pt"] = eomt.sha256(folder / "resume.pt")
         (folder / "meta.json").write_text(json.dumps(meta))
         with pytest.raises(ValueError, match=r"resume\.pt: refused: holds code"):
-            train.resume(tmp_path / "run", model, optimizer, cfg, print)
+            train.resume(tmp_path / "run", model, kept, cfg, print)
         assert not (tmp_path / "mark").exists()
     for content in ([1], {"step": 1}, {"optimizer": {}, "step": 1, "more": 2}):
         torch.save(content, folder / "resume.pt")
         meta["sha256"]["resume.pt"] = eomt.sha256(folder / "resume.pt")
         (folder / "meta.json").write_text(json.dumps(meta))
         with pytest.raises(ValueError, match=r"resume\.pt: not what train\.py writes"):
-            train.resume(tmp_path / "run", model, optimizer, cfg, print)
+            train.resume(tmp_path / "run", model, kept, cfg, print)
 
 
 def test_scripts_refuse_code(shapes, tmp_path):  # noqa: F811
