@@ -524,7 +524,7 @@ def query_noise(seeds: list[int], num_blocks: int, num_queries: int) -> torch.Te
 
 # ---- Checkpoints of a run: one folder, whole or not there --------------------------------------------------
 def save_checkpoint(folder: Path, model, kept, cfg, step, meta, resumable=True):
-    """Writes `folder` beside itself, syncs it, renames it into place. `kept`: what else has a state, named."""
+    """Writes `folder` beside itself, syncs it, renames it into place. `kept`: what else has a state."""
     temporary = folder.parent / f".tmp-{folder.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
