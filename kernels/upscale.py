@@ -293,32 +293,32 @@ def launch_backward(grad, y, weight2, gain, mean, rstd, dd, dy, part_norm, part_
 
 # ---- library ops ----
 
-def _outputs(y, dtype):
-    """Empty (B, 2h, 2w, C) of dtype, mean and rstd fp32 (B, 2h, 2w, 1)."""
+def _outputs(y):
+    """Empty (B, 2h, 2w, C) of y's dtype, mean and rstd fp32 (B, 2h, 2w, 1)."""
     batch, h, w, _, _, channels = y.shape
     mean, rstd = (y.new_empty(batch, 2 * h, 2 * w, 1, dtype=torch.float32) for _ in range(2))
-    return y.new_empty(batch, 2 * h, 2 * w, channels, dtype=dtype), mean, rstd
+    return y.new_empty(batch, 2 * h, 2 * w, channels), mean, rstd
 
 
 @torch.library.custom_op("nanoeomt::upscale", mutates_args=())
-def upscale_op(y: Tensor, weight2: Tensor, gain: Tensor, shift: Tensor, eps: float,
-               dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """What follows the GEMM: out (B, 2h, 2w, C) of dtype and, for backward, mean and rstd."""
-    out, mean, rstd = _outputs(y, dtype)
+def upscale_op(y: Tensor, weight2: Tensor, gain: Tensor, shift: Tensor,
+               eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What follows the GEMM: out (B, 2h, 2w, C) and, for backward, mean and rstd."""
+    out, mean, rstd = _outputs(y)
     launch_forward(y, weight2, gain, shift, eps, out, mean, rstd)
     return out, mean, rstd
 
 
 @upscale_op.register_fake
-def _(y, weight2, gain, shift, eps, dtype):
-    return _outputs(y, dtype)
+def _(y, weight2, gain, shift, eps):
+    return _outputs(y)
 
 
 @torch.library.custom_op("nanoeomt::upscale_backward", mutates_args=())
 def upscale_backward_op(grad: Tensor, y: Tensor, weight2: Tensor, gain: Tensor, mean: Tensor,
                         rstd: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of y, weight2, gain and shift."""
-    dd, dy = _outputs(y, y.dtype)[0], torch.empty_like(y, memory_format=torch.contiguous_format)
+    dd, dy = _outputs(y)[0], torch.empty_like(y, memory_format=torch.contiguous_format)
     programs = max(1, min(PROGRAMS, y.shape[0] * y.shape[1] * triton.cdiv(2 * y.shape[2], COLUMNS)))
     part_norm, part_conv = (y.new_empty(programs, n, y.shape[-1], dtype=torch.float32) for n in (2, 9))
     launch_backward(grad, y, weight2, gain, mean, rstd, dd, dy, part_norm, part_conv)
@@ -339,7 +339,7 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad, grad_mean, grad_rstd):
-    return *upscale_backward_op(grad, *ctx.saved_tensors), None, None
+    return *upscale_backward_op(grad, *ctx.saved_tensors), None
 
 
 upscale_op.register_autograd(_backward, setup_context=_save)
@@ -381,6 +381,5 @@ def upscale(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, gain: Te
     B, h, w, C = x.shape
     weight = weight1.permute(2, 3, 1, 0).reshape(4 * C, C)  # (2 * 2 * C, C), a copy of 4 C^2 numbers
     y = F.linear(x.reshape(B * h * w, C), weight, bias1.repeat(4)).view(B, h, w, 2, 2, C)
-    # Autocast on CUDA leaves a LayerNorm's output in fp32, on CPU in the autocast dtype.
-    dtype = torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else y.dtype
-    return upscale_op(y, weight2, gain, shift, eps, dtype)[0]
+    # In y's dtype, also where autocast on CUDA would leave a LayerNorm's output in fp32: products follow.
+    return upscale_op(y, weight2, gain, shift, eps)[0]
