@@ -2,9 +2,9 @@
 
     y[t, o] = s[t] w[o] sum_c x8[t, c] w8[o, c] + b[o],  s[t] = max_c |x[t, c]| / 448,  w[o] likewise
 
-The product is torch's own scaled matmul (tensor cores from sm_89 on, plain code on a CPU); what stands here
-is the rounding, which torch.compile fuses into the layer before. e4m3 keeps 3 bits of mantissa: for random
-numbers a layer's output is off by about 4 % of its norm.
+The product is torch's own scaled matmul (tensor cores from sm_89 on), on a CPU the formula, since there
+torch 2.10 knows one scale a tensor. What else stands here is the rounding, which torch.compile fuses into the
+layer before. e4m3 keeps 3 bits of mantissa: for random numbers a layer's output is off by 4 % of its norm.
 
 In: x float (..., C), C and O multiples of 16. Out: (..., O) in bf16. No gradient.
 
@@ -24,10 +24,15 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale).to(torch.float8_e4m3fn), scale
 
 
-def fp8_linear_ref(x, weight, scale, bias):
-    """The formula above in torch, fp32: x (n, C), weight float8 (O, C), scale (O, 1), bias (O,) -> (n, O)."""
-    rows, size = quantise(x)
-    return (rows.float() @ weight.float().T) * size * scale.T + bias.float()
+def fp8_linear_ref(rows, size, weight, scale, bias):
+    """The formula: float8 rows (n, C), weight (O, C), their scales (n, 1), (O, 1), bias (O,) -> (n, O)."""
+    return ((rows.float() @ weight.float().T) * size * scale.T + bias.float()).to(torch.bfloat16)
+
+
+def fp8_linear(rows, size, weight, scale, bias):
+    """The same by torch's scaled matmul."""
+    return torch._scaled_mm(rows, weight.T, size, scale.T, bias, out_dtype=torch.bfloat16,
+                            use_fast_accum=rows.is_cuda)
 
 
 class Fp8Linear(nn.Module):
@@ -46,6 +51,5 @@ class Fp8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows, size = quantise(x.flatten(0, -2))  # (n, C), (n, 1)
-        out = torch._scaled_mm(rows, self.weight.T, size, self.scale.T, self.bias, out_dtype=torch.bfloat16,
-                               use_fast_accum=x.is_cuda)  # (n, O)
-        return out.unflatten(0, x.shape[:-1])
+        product = fp8_linear if x.is_cuda else fp8_linear_ref
+        return product(rows, size, self.weight, self.scale, self.bias).unflatten(0, x.shape[:-1])
