@@ -627,7 +627,7 @@ def label_map(data: bytes, where: str) -> np.ndarray:
 
 
 def id_map(data: bytes, where: str) -> np.ndarray:
-    """Ids uint32 (H,W) = R + 256 G + 65536 B of a panoptic PNG, in the lower 24 bits; the upper 8 are set."""
+    """Ids uint32 (H,W) = R + 256 G + 65536 B of a panoptic PNG, in the lower 24 of the bits."""
     picture = open_picture(data, where)
     if picture.mode != "RGB":
         raise ValueError(f"{where}: mode {picture.mode}, wanted RGB (id = R + 256 G + 65536 B); convert it")
@@ -1232,7 +1232,7 @@ def positions(n: int, batch_size: int, seed: int, step: int) -> list[tuple[int, 
 def one_line(error: BaseException) -> str:
     """The line a script ends with. Torch's signal handler tells of a killed data process at any moment."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0].strip()
-    if isinstance(error, OSError) and error.filename:
+    if isinstance(error, OSError) and error.filename and error.strerror:
         text = f"{error.filename}: {error.strerror.lower()}"
     if text.startswith("DataLoader worker"):
         text = f"a data worker died ({text}); use fewer --workers, or more memory"
