@@ -16,6 +16,12 @@ sys.path.insert(0, str(ROOT))  # for a bare `pytest`
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """Torch starts a process with a random seed; a test's numbers are its own, in any order and alone."""
+    torch.manual_seed(0)
+
+
 def run_interpreted(file, least):
     """The tests of `file` in a process of their own under Triton's interpreter; `least` of them must pass."""
     if numpy.__version__ >= "2.4" and importlib.metadata.version("triton") < "3.7":
