@@ -998,7 +998,7 @@ class Augment:
 
     def draw(self, height: int, width: int, rng: np.random.Generator) -> Window:
         """A random window of a picture of this size."""
-        ratio = rng.uniform(*self.scale) * min(self.size / height, self.size / width)
+        ratio = rng.uniform(*sorted(self.scale)) * min(self.size / height, self.size / width)
         tall, wide = max(1, int(height * ratio)), max(1, int(width * ratio))
         top, left = (int(rng.integers(max(0, side - self.size) + 1)) for side in (tall, wide))
         shrink = max(s for s in (1, 2, 4, 8) if s == 1 or s * tall <= height and s * wide <= width)

@@ -62,8 +62,8 @@ class Config:
     load_class_head: bool = setting(True, "take the class head of --init; never when classes differ")
     encoder_weights: str = setting("", "pretrained encoder (file, folder, Hugging Face name), or `random`")
     # model
-    size: int = setting(640, "side of the square training crop in pixels")
-    num_queries: int = setting(200, "segmentation queries")
+    size: int = setting(640, "side of the square training crop in pixels", 1)
+    num_queries: int = setting(200, "segmentation queries", 1)
     num_blocks: int = setting(0, "last blocks that see the queries; 0 = the encoder's published number")
     masked_attn: bool = setting(True, "masked attention in training, annealed away")
     first_window: tuple[float, ...] = setting((), "start,end step of annealing in the first block")
@@ -81,7 +81,7 @@ class Config:
     warmup: tuple[float, ...] = setting((500, 1000), "steps of warm-up: heads, then encoder")
     scale: tuple[float, ...] = setting((0.1, 2.0), "range of the random resize")
     color_jitter: bool = setting(False, "random brightness, contrast, saturation, hue")
-    num_points: int = setting(12544, "points of the mask losses")
+    num_points: int = setting(12544, "points of the mask losses", 1)
     # open vocabulary
     stage: str = setting("", "A, B or C of SigLIP2-EoMT; empty: EoMT with closed classes")
     text_weights: str = setting("", "SigLIP 2 checkpoint with the text tower; default --encoder-weights")
@@ -128,8 +128,8 @@ class Config:
     seed: int = setting(0, "everything random follows from it")
     timeout: float = setting(1800, "seconds a rank waits for the others before the run ends")
     # run
-    log_every: int = setting(50, "steps between log lines")
-    save_every: int = setting(1000, "steps between checkpoints")
+    log_every: int = setting(50, "steps between log lines", 1)
+    save_every: int = setting(1000, "steps between checkpoints", 1)
     eval_every: int = setting(0, "steps between evaluations; 0 = at the end only")
     eval_limit: int = setting(0, "validation images of the evaluations in training; 0 = all")
     resume: bool = setting(False, "continue the run in --out")
@@ -145,8 +145,11 @@ class Config:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value, least = getattr(self, field.name), field.metadata["least"]
-            if isinstance(value, int | float) and value < least:
+            many = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(x, int | float) and not x >= least for x in many):
                 raise ValueError(f"--{field.name.replace('_', '-')} {value}; give {least} or more")
+            if many is value and len(value) not in (2, len(field.default)):
+                raise ValueError(f"--{field.name.replace('_', '-')} {value}; give two numbers with a comma")
 
 
 WEIGHTS = {"dinov2": "facebook/dinov2-with-registers-{}",
@@ -221,9 +224,8 @@ def encoder_row(encoder: str, task: str) -> dict:
 
 
 def quick_row(stage: str) -> dict:
-    if not stage:
-        return QUICK
-    return QUICK_OPEN | (QUICK_LORA if stage != "A" else {}) | dict(out=f"runs/quick-{stage}", size=TOY_SIDE)
+    later = QUICK_LORA if stage != "A" else {}
+    return QUICK_OPEN | later | dict(out=f"runs/quick-{stage}", size=TOY_SIDE) if stage else QUICK
 
 
 def numbers(text: str) -> tuple[float, ...]:
@@ -364,11 +366,9 @@ def make_tower(cfg: Config) -> siglip2.VisionTower:
     """The tower of --encoder with its pretrained weights, or random ones."""
     sizes, grid, patch, _ = TOWERS[cfg.encoder]
     reach = int(cfg.encoder == "siglip2_toy")
-    if cfg.dry_run:
-        with torch.device("meta"):  # counting parameters needs no memory
+    if cfg.dry_run or cfg.encoder_weights == "random":
+        with torch.device("meta" if cfg.dry_run else "cpu"):  # counting parameters needs no memory
             return siglip2.VisionTower(*sizes, patch, grid, reach=reach)
-    if cfg.encoder_weights == "random":
-        return siglip2.VisionTower(*sizes, patch, grid, reach=reach)
     tower = siglip2.load(siglip2.fetch(cfg.encoder_weights), "vision")
     if (tower.config["width"], tower.config["depth"]) != (sizes[0], sizes[2]):
         raise ValueError(f"{cfg.encoder_weights}: width {tower.width}, {len(tower.blocks)} blocks, but "
@@ -625,6 +625,7 @@ def claim(out: Path, cfg: Config):
         what = "no run of train.py" if cfg.overwrite else "already holds a run"
         raise ValueError(f"{out}: {what}; --resume continues a run, --overwrite replaces it")
     out.mkdir(parents=True, exist_ok=True)
+    (out / "log.txt").touch()
 
 
 def replace(path: Path, text: str):
@@ -693,8 +694,7 @@ class Log:
     def draw_curves(self):
         """The losses, learning rate and headline number over steps."""
         series = {}
-        for line in (self.out / "metrics.jsonl").read_text().splitlines():
-            row = json.loads(line)
+        for row in map(json.loads, (self.out / "metrics.jsonl").read_text().splitlines()):
             for key in ("PQ", "mIoU", "AP", "loss", "mask", "dice", "class", "lr"):
                 if key in row and row[key] == row[key]:
                     series.setdefault(key, []).append((row["step"], row[key]))

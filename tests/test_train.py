@@ -315,7 +315,7 @@ def test_overwrite_leaves_models_of_others_alone(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
     (tmp_path / "log.txt").touch()
     train.claim(tmp_path, train.Config(overwrite=True))
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]  # a run before its first words
 
 
 def test_existing_run_is_kept(short_run, shapes):
@@ -532,13 +532,23 @@ def test_mistyped_options_are_answered_in_two_lines(script):
 
 
 @pytest.mark.parametrize("words,least", [
-    *(([flag, "-1"], 0) for flag in ("--lr", "--steps", "--epochs", "--workers", "--save-every")),
-    (["--batch-size", "0"], 1), (["--batch-size", "-4"], 1), (["--device-batch-size", "-2"], 0)])
+    *(([flag, "-1"], 0) for flag in ("--lr", "--steps", "--epochs", "--workers", "--eval-every")),
+    *(([f"--{name}", "0"], 1) for name in ("size", "num-queries", "num-points", "log-every", "save-every")),
+    (["--batch-size", "0"], 1), (["--batch-size", "-4"], 1), (["--device-batch-size", "-2"], 0),
+    (["--lr", "nan"], 0), (["--epochs", "nan"], 0)])
 def test_numbers_too_small_are_refused(words, least):
     with pytest.raises(ValueError, match=rf"^{words[0]} {words[1]}(\.0)?; give {least} or more$"):
         train.parse(["--data", "x", *words])
     train.parse(["--data", "x", "--ov-bias", "-1"])  # the one that may be negative
 
+
+@pytest.mark.parametrize("words,advice", [
+    (["--warmup", "-1,5"], "give 0 or more"), (["--warmup", "5"], "give two numbers with a comma"),
+    (["--scale", "1,2,3"], "give two numbers with a comma"), (["--first-window", "7"], "give two numbers")])
+def test_pairs_of_numbers(words, advice):
+    with pytest.raises(ValueError, match=rf"^{words[0]} \(.*\); {advice}"):
+        train.parse(["--data", "x", words[0] + "=" + words[1]])
+    train.parse(["--data", "x", "--first-window", "0,3000", "--scale", "2,1", "--warmup", "0,0"])
 
 
 @pytest.mark.parametrize("content", [b"\xff\xd8", b"[]", b"{}", b"{", b"3"])
