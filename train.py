@@ -44,9 +44,10 @@ from losses import NotFinite, SetLoss, feature_distill, itc_distill, set_norm, s
 
 
 # ---- Settings ----------------------------------------------------------------------------------------------
-def setting(default, phrase, least=0):
-    """A field with its words in --help and the smallest number it may be."""
-    return dataclasses.field(default=default, metadata={"help": phrase, "least": least})
+def setting(default, phrase, least=0, among=()):
+    """A field with its words in --help and the smallest number, or all the words, that it may be."""
+    phrase += f": {', '.join(among)}" if among else ""
+    return dataclasses.field(default=default, metadata={"help": phrase, "limits": (least, among)})
 
 
 @dataclass
@@ -89,7 +90,7 @@ class Config:
     languages: str = setting("en", "of the class names: en, zh or en,zh")
     templates: str = setting("default", f"prompts of the class names: {', '.join(vocab.TEMPLATES)}")
     split: str = setting("", f"classes kept unseen: {', '.join(vocab.SPLITS)} or a JSON file; empty: none")
-    split_policy: str = setting("void", "unseen segments: void, or drop every image that has one")
+    split_policy: str = setting("void", "unseen segments, or every image with one", among=("void", "drop"))
     freeze_backbone: bool = setting(True, "the tower itself is not trained")
     lora: bool = setting(False, "adapters in the tower's last blocks")
     lora_last_n: int = setting(12, "blocks with adapters")
@@ -99,10 +100,10 @@ class Config:
     distill_feat: float = setting(0.0, "weight of 1 - cosine to the tower without adapters")
     distill_itc: float = setting(0.0, "weight of image-text distillation on true regions")
     isolate: bool = setting(True, "patches do not see the queries")
-    query_blocks: str = setting("copy", "blocks of the query rows with --isolate: copy or shared")
-    query_init: str = setting("learnable", "learnable, text or text+learnable")
+    query_blocks: str = setting("copy", "blocks of the query rows with --isolate", among=("copy", "shared"))
+    query_init: str = setting("learnable", "queries", among=("learnable", "text", "text+learnable"))
     fuse_last: int = setting(1, "layers whose tokens make the mask features")
-    ov_pool: str = setting("map", "region embedding: map, value or mean")
+    ov_pool: str = setting("map", "region embedding", among=("map", "value", "mean"))
     ov_alpha: float = setting(0.4, "weight of the region classifier for seen classes")
     ov_beta: float = setting(0.8, "the same for unseen classes")
     ov_temp: str = setting("1", "temperature of both classifiers, `in,out`, or auto")
@@ -120,7 +121,7 @@ class Config:
     wandb_resume: str = setting("allow", "W&B's resume")
     wandb_watch: bool = setting(False, "W&B histograms of weights and gradients")
     # machine
-    amp: str = setting("bf16", "autocast on CUDA: bf16, fp16 (with gradient scaling) or off")
+    amp: str = setting("bf16", "autocast on CUDA; fp16 scales gradients", among=("bf16", "fp16", "off"))
     compile: bool = setting(True, "torch.compile the model on CUDA")
     recompute: bool = setting(False, "backward makes the blocks' inner values again: less memory, more time")
     deterministic: bool = setting(False, "only repeatable kernels, an error where there is none")
@@ -144,12 +145,13 @@ class Config:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), field.metadata["least"]
+            value, (least, among) = getattr(self, field.name), field.metadata["limits"]
             many = value if isinstance(value, tuple) else (value,)
-            if any(isinstance(x, int | float) and not x >= least for x in many):
-                raise ValueError(f"--{field.name.replace('_', '-')} {value}; give {least} or more")
-            if many is value and len(value) not in (2, len(field.default)):
-                raise ValueError(f"--{field.name.replace('_', '-')} {value}; give two numbers with a comma")
+            bad = {f"give {least} or more": any(isinstance(x, int | float) and not x >= least for x in many),
+                   "give two numbers: a,b": many is value and len(value) not in (2, len(field.default)),
+                   f"one of {', '.join(among)}": among and value not in among}
+            for advice in (text for text, so in bad.items() if so):
+                raise ValueError(f"--{field.name.replace('_', '-')} {value}; {advice}")
 
 
 WEIGHTS = {"dinov2": "facebook/dinov2-with-registers-{}",
@@ -405,13 +407,12 @@ def make_open(cfg: Config, vocabulary, start) -> eomt.OpenVocabEoMT:
                          f"take {max(1, cfg.size // tower.patch) * tower.patch}")
     seen = torch.zeros(len(vocabulary.names), dtype=torch.bool)
     seen[list(seen_classes(vocabulary, cfg.split))] = True
-    rows, owner, scale, bias = text
     torch.manual_seed(cfg.seed)  # the same heads whatever the tower drew
-    head = siglip2.OpenVocabHead(tower.width, rows, owner, seen, scale, bias)
+    head = siglip2.OpenVocabHead(tower.width, *text[:2], seen, *text[2:])
     model = eomt.OpenVocabEoMT(tower, head, cfg.num_queries, cfg.num_blocks or None, cfg.isolate,
                                cfg.query_blocks, cfg.fuse_last, cfg.query_init, cfg.ov_pool)
     if cfg.query_init != "learnable":
-        model.centres.copy_(siglip2.centres(rows[head.seen_rows], cfg.num_queries))
+        model.centres.copy_(siglip2.centres(text[0][head.seen_rows], cfg.num_queries))
     if start:
         load_stage(model, state, cfg.init or cfg.out, () if cfg.load_class_head else ("class_head.",))
     freeze(model, cfg, state if start else {})
@@ -427,8 +428,6 @@ def load_stage(model: eomt.OpenVocabEoMT, state: dict, path, skip: tuple[str, ..
 
 def freeze(model: eomt.OpenVocabEoMT, cfg: Config, state: dict):
     """Leaves trainable what the stage trains, and grows adapters on those of the stage before."""
-    if cfg.query_blocks not in ("copy", "shared"):
-        raise ValueError(f"--query-blocks {cfg.query_blocks}: unknown; copy or shared")
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     for name, p in model.named_parameters():
         ours = not name.startswith("encoder.")
@@ -798,8 +797,6 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(param_groups(model, cfg), cfg.lr, weight_decay=cfg.weight_decay,
                                            fused=True)
         dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
-        if cfg.amp not in dtypes:
-            raise ValueError(f"--amp {cfg.amp}: unknown; one of {', '.join(dtypes)}")
         self.cast = torch.autocast(device.type, dtypes[cfg.amp], enabled=cuda and cfg.amp != "off")
         self.scaler = torch.amp.GradScaler(enabled=cuda and cfg.amp == "fp16")
         self.kept = dict(optimizer=self.optimizer, scaler=self.scaler)
@@ -1168,6 +1165,9 @@ def open_model(cfg: Config, task, rank: int, sets, begin) -> eomt.OpenVocabEoMT:
                        thresholds=evaluation.THRESHOLDS,
                        ov={key: value for key, value in vars(cfg).items() if key.startswith("ov_")},
                        counts=sets["train"].class_counts().tolist() if sets else [])
+    if sets:  # what calibration would refuse after the training is refused now
+        plain = {key: "1" for key in ("ov_temp", "ov_reject") if vars(cfg)[key] == "auto"}
+        evaluation.calibrate(model, None, dataclasses.replace(cfg, **plain))
     return model
 
 

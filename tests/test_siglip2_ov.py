@@ -604,7 +604,7 @@ def test_mistakes_one_line(world, stages, other_tower, tmp_path, photo):
         (train_here, ["--stage", "A", "--encoder", "dinov2_small"], "not for --stage A"),
         (train_here, [*new, "--distill-feat", 1], "use --lora"),
         (train_here, [*new, "--no-train-heads"], "nothing is left to train"),
-        (train_here, [*new, "--query-blocks", "both"], "--query-blocks both: unknown"),
+        (train_here, [*new, "--query-blocks", "both"], "--query-blocks both; one of copy, shared"),
         (train_here, ["--stage", "B", *here, "--init", world / "A", "--split", "ovp_val"], "has shapes"),
         (train_here, ["--stage", "A", *here, "--init", world / "B"], "use --lora"),
         (train_here, ["MODEL.BACKBONE.LORA.RANK_ATTN", "16"], "this is --lora-rank-attn here"),
@@ -623,6 +623,15 @@ def test_mistakes_one_line(world, stages, other_tower, tmp_path, photo):
         with pytest.raises(ValueError) as error:
             script(*argv)
         assert part in str(error.value) and "\n" not in str(error.value), (argv, str(error.value))
+
+
+@pytest.mark.parametrize("flag,word", [
+    ("--ov-temp", "a,b"), ("--ov-reject", "x"), ("--ov-class-bias", "no.json")])
+def test_calibration_is_refused_before_the_training(world, tmp_path, flag, word):
+    here = ["--data", world / "data", "--encoder-weights", world / "tower", "--out", tmp_path / "run"]
+    with pytest.raises((ValueError, OSError), match=word):
+        train_here("--stage", "A", *here, "--steps", 1, flag, word)
+    assert not (tmp_path / "run").exists()
 
 
 def test_lora_clamped_and_no_init_say_so(world, tmp_path, capsys):

@@ -543,12 +543,18 @@ def test_numbers_too_small_are_refused(words, least):
 
 
 @pytest.mark.parametrize("words,advice", [
-    (["--warmup", "-1,5"], "give 0 or more"), (["--warmup", "5"], "give two numbers with a comma"),
-    (["--scale", "1,2,3"], "give two numbers with a comma"), (["--first-window", "7"], "give two numbers")])
+    (["--warmup", "-1,5"], "give 0 or more"), (["--warmup", "5"], "give two numbers: a,b$"),
+    (["--scale", "1,2,3"], "give two numbers: a,b$"), (["--first-window", "7"], "give two numbers: a,b$")])
 def test_pairs_of_numbers(words, advice):
     with pytest.raises(ValueError, match=rf"^{words[0]} \(.*\); {advice}"):
         train.parse(["--data", "x", words[0] + "=" + words[1]])
     train.parse(["--data", "x", "--first-window", "0,3000", "--scale", "2,1", "--warmup", "0,0"])
+
+
+@pytest.mark.parametrize("flag", ["--amp", "--split-policy", "--query-blocks", "--query-init", "--ov-pool"])
+def test_unknown_words_are_refused(flag):
+    with pytest.raises(ValueError, match=rf"^{flag} foo; one of \w+, "):
+        train.parse(["--data", "x", flag, "foo"])
 
 
 @pytest.mark.parametrize("content", [b"\xff\xd8", b"[]", b"{}", b"{", b"3"])
