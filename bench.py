@@ -605,29 +605,29 @@ def main():
     run = parser().parse_args()
     run.cuda, run.rows = torch.cuda.is_available(), []
     run.device = torch.device("cuda" if run.cuda else "cpu")
-    torch.set_num_threads(run.threads)
-    os.environ.setdefault("RAYON_NUM_THREADS", str(run.threads))  # hotcoco's
     each, once, gpu, cpu = SUBJECTS[run.subject]
     encoder, size, batch = ("tiny", [64], [2]) if run.quick else gpu if run.cuda else cpu
     run.encoder, run.size, run.batch = run.encoder or encoder, run.size or size, run.batch or batch
-    triton = optional("triton")
+    if min(*run.size, *run.batch, run.threads) < 1:
+        sys.exit("error: --size, --batch, --threads: numbers from 1 on; see --help")
+    torch.set_num_threads(run.threads)
+    os.environ.setdefault("RAYON_NUM_THREADS", str(run.threads))  # hotcoco's
     about = dict(command=f"python bench.py {' '.join(sys.argv[1:])}",
                  gpu=torch.cuda.get_device_name() if run.cuda else "none", torch=torch.__version__,
-                 triton=triton.__version__ if triton else "not installed",
+                 triton=getattr(optional("triton"), "__version__", "not installed"),
                  cpu=f"{platform.machine()}, {run.threads} thread(s)")
     print("\n".join(f"{key}: {value}" for key, value in about.items()), flush=True)
     try:
         if run.json:
             Path(run.json).touch()  # a wrong path is known now, not after the measuring
         torch.manual_seed(0)
-        for case, shape in ((case, (s, b)) for case in each for s in run.size for b in run.batch):
-            case(run, *shape)
-        for case in once:
+        sized = [partial(case, size=s, batch=b) for case in each for s in run.size for b in run.batch]
+        for case in [*sized, *once]:
             case(run)
         if run.json:
             Path(run.json).write_text(json.dumps(dict(**about, rows=run.rows), indent=1))
     except (ValueError, OSError) as fault:
-        sys.exit(f"error: {str(fault).splitlines()[0]}")
+        sys.exit(f"error: {data.one_line(fault)}")
 
 
 if __name__ == "__main__":

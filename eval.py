@@ -322,8 +322,7 @@ def number_list(flag: str, text: str, most: int) -> list[float]:
     except ValueError:
         values = []
     if not 1 <= len(values) <= most:
-        wanted = "a number" if most == 1 else "numbers with commas"
-        raise ValueError(f"{flag} {text}: not auto and not {wanted}; see --help")
+        raise ValueError(f"{flag} {text}: not auto, nor numbers with commas ({most} at most); see --help")
     return values
 
 
@@ -417,6 +416,7 @@ OV_OPTIONS = (("pool", str, "map, value or mean"), ("alpha", float, "region weig
               ("beta", float, "of unseen ones"), ("temp", str, "temperature, `in,out` or auto"),
               ("bias", float, "subtracted from seen classes"), ("class-bias", str, "auto or a JSON list"),
               ("reject", str, "energy below which a mask is void, or auto"))
+OV_KEYS = ["ov_" + name.replace("-", "_") for name, _, _ in OV_OPTIONS]
 
 
 # ---- Command line ------------------------------------------------------------------------------------------
@@ -465,8 +465,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser().parse_args(argv)
     if min(args.limit, args.workers) < 0:
         raise ValueError(f"--limit {args.limit}, --workers {args.workers}: below 0; give 0 or more")
-    if args.out and not Path(args.out).parent.is_dir():  # known now, not after the evaluation
-        raise FileNotFoundError(f"--out {args.out}: its folder is missing; make it")
+    if args.out and (Path(args.out).is_dir() or not Path(args.out).parent.is_dir()):  # known now, not later
+        raise FileNotFoundError(f"--out {args.out}: not a file in a folder that is there; give another")
     return args
 
 
@@ -513,12 +513,12 @@ def open_words(model, words, args) -> None:
 def open_options(model, dataset, args) -> None:
     """Calibrates; options not given are the ones that the checkpoint was evaluated with in training."""
     if "open" not in model.config:
-        if args.sweep or args.split:
-            raise ValueError(f"{args.ckpt}: closed classes; --sweep and --split need a --stage run")
+        own = ["sweep", "split", "text_weights", "templates", "languages", *OV_KEYS]
+        for flag in (key.replace("_", "-") for key in own if getattr(args, key) not in (None, "")):
+            raise ValueError(f"{args.ckpt}: closed classes; --{flag} needs a --stage run")
         return
     kept = model.meta.get("ov", {})
-    for name, _, _ in OV_OPTIONS:
-        key = "ov_" + name.replace("-", "_")
+    for key in OV_KEYS:
         if getattr(args, key) is None:
             setattr(args, key, kept[key])
     calibrate(model, dataset, args)

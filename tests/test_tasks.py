@@ -337,7 +337,7 @@ def test_eval_refuses_a_split_of_closed_classes(tmp_path):
     root.mkdir()
     make_own_masks(root)
     out = trained(root, tmp_path / "run", "--task", "auto")
-    with pytest.raises(ValueError, match="closed classes; --sweep and --split need"):
+    with pytest.raises(ValueError, match="closed classes; --s[a-z]+ needs a --stage run"):
         evaluation.run(evaluation.parser().parse_args(["--ckpt", str(out), "--split", "ovp_val"]))
 
 

@@ -269,7 +269,7 @@ def test_eval_partial_and_refusals(short_run, shapes, tmp_path):
     assert "images 3" in done.stdout and "(partial)" in done.stdout
     for flags, said in ((["--limit", -3], "--limit -3, --workers 2: below 0; give 0 or more"),
                         (["--size", -16], "--size -16: no multiple of the patch size 8"),
-                        (["--out", tmp_path / "no" / "x.json"], "its folder is missing; make it")):
+                        (["--out", tmp_path / "no" / "x.json"], "not a file in a folder that is there;")):
         done = run("eval.py", "--ckpt", out, "--data", shapes, *flags)
         assert done.returncode == 1 and done.stderr.startswith("error: ") and said in done.stderr
     done = run("eval.py", "--ckpt", tmp_path / "nothing", "--data", shapes)
