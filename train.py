@@ -175,6 +175,9 @@ QUICK_OPEN = QUICK | dict(task="shapes_open", encoder="siglip2_toy", data="runs/
                           batch_size=32, num_queries=12, num_points=512, steps=800, save_every=400,
                           eval_every=0)
 QUICK_LORA = dict(steps=100, lr=5e-4, warmup=(0, 20), save_every=100, lora_last_n=2)
+# Settings that only a stage reads, the split of classes apart.
+OPEN = [*Config.__annotations__]
+OPEN = {*OPEN[OPEN.index("text_weights"):OPEN.index("wandb")]} - {"split", "split_policy"}
 # Settings of where and how a run runs: they may differ between a run and its resumption.
 MACHINE = {"timeout", "data", "out", "device_batch_size", "workers", "log_every", "save_every", "eval_every",
            "eval_limit", "resume", "overwrite", "max_bad", "skip_nonfinite", "config", "dry_run", "debug",
@@ -201,11 +204,6 @@ SEED_WORDS |= {"MODEL.LOSS.DISTILL.FEAT_ALIGN": "--distill-feat",
 SEED_WORDS |= {f"LOGGING.WANDB.{word.upper()}": f"--wandb-{word}"
                for word in ("project", "name", "group", "tags", "notes", "mode", "resume")}
 SEED_WORDS |= {word.removeprefix("MODEL."): flag for word, flag in SEED_WORDS.items()}
-
-
-def task_row(task) -> dict:
-    return dict(num_queries=task.queries, epochs=task.epochs, size=task.size, scale=task.scale,
-                color_jitter=task.color_jitter)
 
 
 def encoder_row(encoder: str, task: str) -> dict:
@@ -280,6 +278,8 @@ def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
     stage = given.get("stage", stored.get("stage", ""))
     if stage not in ("", *STAGES):
         raise ValueError(f"--stage {stage}: unknown; one of {', '.join(STAGES)}")
+    for key in (key for key in given if key in OPEN and not stage and given[key] != getattr(Config, key)):
+        raise ValueError(f"--{key.replace('_', '-')} {given[key]}: only for a stage; give --stage A, B or C")
     first = dict(encoder="siglip2_large") if stage else {}
     quick = quick_row(stage) if given.get("quick", stored.get("quick")) else {}
     axes = {key: getattr(Config, key) for key in ("task", "encoder", "data")} | first | quick | stored | given
@@ -289,7 +289,8 @@ def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
         every = (*TOWERS, *eomt.ENCODERS)
         known = f"not for --stage {stage or '(none)'}" if axes["encoder"] in every else "unknown"
         raise ValueError(f"--encoder {axes['encoder']}: {known}; one of {', '.join(fits)}")
-    layers = [("task", task_row(task)), ("stage", first),
+    row = dict(num_queries=task.queries, epochs=task.epochs, size=task.size, scale=task.scale)
+    layers = [("task", row | dict(color_jitter=task.color_jitter)), ("stage", first),
               ("encoder", encoder_row(axes["encoder"], task.name)),
               ("stage", STAGES.get(stage, {})), ("quick", quick), ("config", stored), ("flag", given)]
     values, origin = {}, {}
@@ -1221,9 +1222,8 @@ def run(cfg: Config, origin: dict) -> int:
         tidy(out)
     if world > 1:
         dist.barrier()
-    words = task.vocabulary
-    model.meta |= dict(task=cfg.task, kind=task.kind, size=cfg.size, data=cfg.data, names=list(words.names),
-                       ids=list(words.ids), thing=list(words.thing))
+    model.meta |= dict(task=cfg.task, kind=task.kind, size=cfg.size, data=cfg.data,
+                       **{key: list(getattr(task.vocabulary, key)) for key in ("names", "ids", "thing")})
     trainer = Trainer(cfg, model.to(device), device, rank, world, Log(out, rank), sets)
     first, began = start(trainer), time.time()
     trainer.wrap()

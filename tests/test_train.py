@@ -539,7 +539,7 @@ def test_mistyped_options_are_answered_in_two_lines(script):
 def test_numbers_too_small_are_refused(words, least):
     with pytest.raises(ValueError, match=rf"^{words[0]} {words[1]}(\.0)?; give {least} or more$"):
         train.parse(["--data", "x", *words])
-    train.parse(["--data", "x", "--ov-bias", "-1"])  # the one that may be negative
+    train.parse(["--data", "x", "--stage", "A", "--ov-bias", "-1"])  # the one that may be negative
 
 
 @pytest.mark.parametrize("words,advice", [
@@ -551,10 +551,18 @@ def test_pairs_of_numbers(words, advice):
     train.parse(["--data", "x", "--first-window", "0,3000", "--scale", "2,1", "--warmup", "0,0"])
 
 
+@pytest.mark.parametrize("words", [["--lora"], ["--languages", "zh"], ["--ov-bias=-1"], ["--fuse-last", "3"]])
+def test_flags_of_the_stages_need_one(words):
+    with pytest.raises(ValueError, match=rf"^{words[0].split('=')[0]} .*: .*; give --stage A, B or C$"):
+        train.parse(["--data", "x", *words])
+    train.parse(["--data", "x", "--stage", "B", *words])
+    train.parse(["--data", "x", "--no-lora", "--fuse-last", "1", "--split", "ovp_val"])  # as it is anyway
+
+
 @pytest.mark.parametrize("flag", ["--amp", "--split-policy", "--query-blocks", "--query-init", "--ov-pool"])
 def test_unknown_words_are_refused(flag):
     with pytest.raises(ValueError, match=rf"^{flag} foo; one of \w+, "):
-        train.parse(["--data", "x", flag, "foo"])
+        train.parse(["--data", "x", "--stage", "A", flag, "foo"])
 
 
 @pytest.mark.parametrize("content", [b"\xff\xd8", b"[]", b"{}", b"{", b"3"])
