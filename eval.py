@@ -217,8 +217,7 @@ def windows(model, dataset, limit=0):
             small = torch.nn.functional.interpolate(sample.target.masks()[None].float(), (h, w), mode="area")
             masks[:, :h, :w] = small[0] >= 0.5
         keep = ~sample.target.crowd & masks.flatten(1).any(1)  # (T,)
-        device = model.mean.device
-        yield image.to(device), masks[keep].to(device), sample.target.labels[keep].to(device)
+        yield tuple(t.to(model.mean.device) for t in (image, masks[keep], sample.target.labels[keep]))
 
 
 @torch.inference_mode()
@@ -517,10 +516,7 @@ def open_options(model, dataset, args) -> None:
         for flag in (key.replace("_", "-") for key in own if getattr(args, key) not in (None, "")):
             raise ValueError(f"{args.ckpt}: closed classes; --{flag} needs a --stage run")
         return
-    kept = model.meta.get("ov", {})
-    for key in OV_KEYS:
-        if getattr(args, key) is None:
-            setattr(args, key, kept[key])
+    vars(args).update({key: model.meta["ov"][key] for key in OV_KEYS if getattr(args, key) is None})
     calibrate(model, dataset, args)
 
 

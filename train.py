@@ -653,8 +653,7 @@ class Log:
             raise ValueError("--wandb: the package is not installed; pip install wandb") from None
         mark = self.out / "wandb_id"  # a resumed run goes on in its own curves
         if not mark.exists():
-            unique = f"{self.out.resolve()} {time.time()}".encode()
-            mark.write_text(hashlib.blake2b(unique, digest_size=8).hexdigest())
+            mark.write_text(os.urandom(8).hex())
         self.wandb = wandb.init(
             project=cfg.wandb_project, name=cfg.wandb_name or self.out.name, group=cfg.wandb_group or None,
             tags=[tag for tag in cfg.wandb_tags.split(",") if tag], notes=cfg.wandb_notes or None,
@@ -681,8 +680,7 @@ class Log:
         path = self.out / "metrics.jsonl"
         if self.rank == 0 and path.exists():
             whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
-            kept = [line + "\n" for line in whole if json.loads(line)["step"] <= step]
-            replace(path, "".join(kept))
+            replace(path, "".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
 
     def summary(self) -> dict:
         """What the last evaluation left; nothing where a power cut has damaged it."""

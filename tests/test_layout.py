@@ -28,9 +28,9 @@ HOUSE = {
     "losses.py": ("torch scipy", "?kernels", 450),
     "metrics.py": ("numpy", "", 500),
     "data.py": ("torch numpy PIL", "vocab +metrics", 1532),
-    "eval.py": ("torch numpy tqdm PIL", "data eomt metrics siglip2 lora losses vocab", 599),
+    "eval.py": ("torch numpy tqdm PIL", "data eomt metrics siglip2 lora losses vocab", 595),
     "predict.py": ("torch numpy PIL tqdm +onnxruntime", "data eomt metrics siglip2 lora losses vocab", 371),
-    "train.py": ("torch numpy +wandb +tokenizers", "data eomt eval predict losses siglip2 lora vocab", 1257),
+    "train.py": ("torch numpy +wandb +tokenizers", "data eomt eval predict losses siglip2 lora vocab", 1255),
     "bench.py": ("torch numpy PIL", "data eomt eval predict losses metrics siglip2 lora vocab kernels", 634),
 }
 KERNEL_LINES = 450
