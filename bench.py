@@ -14,8 +14,6 @@ import importlib
 import io
 import json
 import os
-import platform
-import statistics
 import sys
 import tempfile
 import time
@@ -27,7 +25,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageEnhance
+from PIL import Image
 
 import data
 import eomt
@@ -37,7 +35,6 @@ from kernels import ahead, masked_attention, pack_mask, panoptic_merge
 from losses import SetLoss
 
 PEAK, BANDWIDTH = 790e12, 4.3e12  # FLOP/s of a bf16 product of 8192^3, byte/s of a copy, both on a Hopper
-SCALES = {"TFLOP/s": 1e12, "GFLOP/s": 1e9, "GB/s": 1e9, "image/s": 1}
 TABLE = "| | median (p20 / p80) ms | ours / it | rate | % of floor | peak MB | error |\n" + "|---" * 7 + "|"
 
 
@@ -80,7 +77,7 @@ def compare(run, case, calls, work=0.0, unit="image/s", floor=None, errors=None)
     for name, call in calls.items():
         if name in samples:
             # Ratios of neighbours in time: what else the machine does weighs on both.
-            ratio = statistics.median(a / b for (a, _), (b, _) in zip(ours, samples[name], strict=True))
+            ratio = np.median([a / b for (a, _), (b, _) in zip(ours, samples[name], strict=True)]).item()
             show(run, case, name, samples[name], ratio, work, unit, floor, (errors or {}).get(name))
         else:
             print(f"| {name} | {call} | | | | | |", flush=True)
@@ -91,7 +88,7 @@ def show(run, case, name, samples, ratio=None, work=0.0, unit="image/s", floor=N
     """Print and keep one row; samples are (seconds, peak megabytes)."""
     p20, median, p80 = np.quantile([seconds for seconds, _ in samples], (0.2, 0.5, 0.8)).tolist()
     peak = max(peak for _, peak in samples) if run.cuda else None
-    rate = work / median / SCALES[unit] if work else None
+    rate = work / median / (1e9 if unit[0] == "G" else 1) if work else None
     share = 100 * floor / median if floor and run.cuda else None
     run.rows.append(dict(case=case, name=name, median=median, p20=p20, p80=p80, samples=len(samples),
                          ours_over_it=ratio, rate=rate, unit=unit, floor_percent=share, peak_mb=peak,
@@ -134,14 +131,12 @@ def attention_rivals(run, grid):
         mask = rows(logits)  # (B, 1, Q, N)
         return F.pad(mask, (0, 0, 0, mask.shape[3] - mask.shape[2]), value=True)  # (B, 1, N, N)
 
-    def packed(logits):
-        return pack_mask(logits, grid, logits.shape[1] + 5, logits.shape[1] + 5 + grid[0] * grid[1])  # bits
-
     def split(q, k, v, mask):
         n = mask.shape[2]
         return torch.cat([sdpa(q[:, :, :n], k, v, mask), sdpa(q[:, :, n:], k, v)], 2)  # (B, nh, N, hd)
 
-    rivals = {"ours": (packed, lambda q, k, v, bits: masked_attention(q, k, v, bits, bits.shape[1])),
+    rivals = {"ours": (lambda x: pack_mask(x, grid, x.shape[1] + 5, x.shape[1] + 5 + grid[0] * grid[1]),
+                       lambda q, k, v, bits: masked_attention(q, k, v, bits, bits.shape[1])),
               "mask expanded over heads (upstream)":
                   (dense, lambda q, k, v, mask: sdpa(q, k, v, mask.expand(-1, q.shape[1], -1, -1))),
               "mask[:, None]": (dense, sdpa), "split SDPA": (rows, split),
@@ -187,9 +182,8 @@ def bench_attention(run, size, batch):
             late, ready = (mask, logits) if "mask" in case else (lambda x: x, [mask(x) for x in logits])
             calls[name] = lambda i, a=attend, late=late, ready=ready, x=inputs, grad=grad: attention_step(
                 a, x[i % 3], late(ready[i % 3]), grad)
-            out, *grads = calls[name](0)
-            got = [out[:1, :, :hd], *(g[:1, :, :, :1] for g in grads)]
-            errors[name] = distance(got, want[:len(got)])
+            out, *rest = calls[name](0)
+            errors[name] = distance([out[:1, :, :hd], *(g[:1, :, :, :1] for g in rest)], want[:1 + len(rest)])
         work = passes * 4 * batch * tokens**2 * row["width"]
         compare(run, f"masked attention, {case}, {title}", calls, work, "GFLOP/s", work / PEAK, errors)
     moved = logits[0].numel() // 4 * logits[0].element_size()  # the middle 2 x 2 of every 4 x 4
@@ -288,8 +282,7 @@ def bench_network(run, size, batch):
         calls |= {"ours, compiled": ours(batch=batch), "ours, fp8, compiled": ours(fp8=True, batch=batch)}
     if theirs is not None:
         theirs, fields = theirs.eval().to(dtype), ("masks_queries_logits", "class_queries_logits")
-        rival = lambda i: itemgetter(*fields)(theirs(pixel_values=pixels[i % 3]))  # noqa: E731
-        calls[name] = rival
+        calls[name] = lambda i: itemgetter(*fields)(theirs(pixel_values=pixels[i % 3]))
     if theirs is not None and run.cuda:
         fast = torch.compile(theirs, mode="reduce-overhead")
         calls[f"{name}, compiled"] = lambda i: itemgetter(*fields)(fast(pixel_values=pixels[i % 3]))
@@ -389,7 +382,7 @@ def bench_step(run, size, batch):
     print(f"\n**{case}**\n\n{TABLE}")
     show(run, case, "whole", whole, None, batch, floor=floor)
     for name, lap in zip(parts, zip(*laps, strict=True), strict=True):
-        share = 100 * statistics.median(a / b for (a, _), (b, _) in zip(lap, whole, strict=True))
+        share = 100 * np.median([a / b for (a, _), (b, _) in zip(lap, whole, strict=True)])
         show(run, case, f"{name}, {share:.0f} %", lap)
     calls = {"ours": lambda i: [part(i) for name, part in parts.items() if name not in ("data", "optimiser")],
              "transformers Eomt": "not installed", "transformers Eomt, compiled": "CUDA only"}
@@ -420,17 +413,29 @@ def open_photos(run, stack, size, jitter=False) -> data.SegmentDataset:
     return data.SegmentDataset(folder, task, "train", data.Augment(size, color_jitter=jitter))
 
 
-def pillow_jitter(picture, steps):
-    """Steps of data.draw_jitter as torchvision does them to pictures: by Pillow, on all of the picture."""
+def turn_hue(image, amount):
+    """Float (3,H,W) of 0..1, its hue moved by `amount` of a turn: to HSV and back."""
+    v, p = image.amax(0), image.amin(0)  # (H, W)
+    r, g, b = (v - image) / (v - p).clamp(1e-9)  # 3 x (H, W)
+    hue = torch.where(image[0] == v, b - g, torch.where(image[1] == v, 2 + r - b, 4 + g - r))  # in sixths
+    hue = (hue / 6 + amount) % 1 * 6  # (H, W)
+    q, t = v - (v - p) * (hue % 1), p + (v - p) * (hue % 1)  # (H, W)
+    sectors = (v, q, p, p, t, v), (t, v, v, q, p, p), (p, p, t, v, v, q)
+    mine = hue.floor() % 6 == torch.arange(6)[:, None, None]  # (6, H, W)
+    return (torch.stack([torch.stack(six) for six in sectors]) * mine).sum(1)  # (3, H, W)
+
+
+def float_jitter(image, steps):
+    """Steps of data.draw_jitter on all of uint8 (3,H,W) as torchvision does them to tensors: in float32."""
     for kind, amount, _ in steps:
         if kind == "hue":
-            hue, *rest = picture.convert("HSV").split()
-            hue = hue.point([(level + round(amount / 6 * 256)) % 256 for level in range(256)])
-            picture = Image.merge("HSV", (hue, *rest)).convert("RGB")
-        else:
-            enhancer = getattr(ImageEnhance, {"saturation": "Color"}.get(kind, kind.capitalize()))
-            picture = enhancer(picture).enhance(amount)
-    return picture
+            image = (turn_hue(image / 255, amount / 6) * 255).round().byte()
+            continue
+        r, g, b = image  # 3 x (H, W)
+        base = 0.0 if kind == "brightness" else (r * 0.299).add_(g, alpha=0.587).add_(b, alpha=0.114)
+        base = base.mean() if kind == "contrast" else base
+        image = (image * amount).add_(base * (1 - amount)).clamp_(0, 255).byte()
+    return image
 
 
 def mask_by_mask(dataset, key):
@@ -441,8 +446,8 @@ def mask_by_mask(dataset, key):
     files = source.images.read(source.members[index]), source.pngs.read(source.png_members[index])
     photo, png = (Image.open(io.BytesIO(file)).convert("RGB") for file in files)
     window, size = augment.draw(photo.height, photo.width, rng), augment.size
-    photo = pillow_jitter(photo, data.draw_jitter(photo, rng)) if augment.color_jitter else photo
     image = torch.from_numpy(np.array(photo)).permute(2, 0, 1)  # (3, H, W)
+    image = float_jitter(image, data.draw_jitter(photo, rng)) if augment.color_jitter else image
     ids = torch.from_numpy(np.array(png)).long() @ torch.tensor([1, 256, 65536])  # (H, W)
     masks = torch.stack([ids == k for k in ids.unique() if k.item()])  # (T, H, W), without void
     image, masks = (x.flip(-1) if window.flip else x for x in (image, masks))
@@ -467,23 +472,20 @@ def bench_data(run, size, batch):
 
 
 # ---- metrics -----------------------------------------------------------------------------------------------
-def quietly(call):
-    """`call` without what it prints."""
-    def inner(i):
+def compare_scores(run, case, calls, count):
+    """As compare, for calls that return one number and may print; the error is to ours."""
+    def quiet(i, call):
         with contextlib.redirect_stdout(io.StringIO()):
             return call(i)
-    return inner
 
-
-def compare_scores(run, case, calls, count):
-    """As compare, for calls that return one number; the error is to ours."""
+    calls = {name: partial(quiet, call=call) if callable(call) else call for name, call in calls.items()}
     scores = {name: call(0) for name, call in calls.items() if callable(call)}
     compare(run, case, calls, count, errors={name: abs(s - scores["ours"]) for name, s in scores.items()})
 
 
 def bench_pq(run):
     """Panoptic quality; the rivals also read the maps from PNG files."""
-    count, sides, thing = 4 if run.quick else 200, {"pred": [], "true": []}, [k < 3 for k in range(5)]
+    count, sides, thing = 4 if run.quick else 200, {"true": [], "pred": []}, [k < 3 for k in range(5)]
     for k in range(count):
         true = regions(15, 480, 640).astype(np.int32) + 1 if k < 20 else sides["true"][k - 20][0]  # (H, W)
         for name, ids in (("true", true), ("pred", np.roll(true, (k % 9, k % 7), (0, 1)))):
@@ -492,26 +494,25 @@ def bench_pq(run):
 
     def ours(i):
         metric = metrics.PanopticQuality(thing)
-        for pred, true in zip(*sides.values(), strict=True):
+        for true, pred in zip(*sides.values(), strict=True):
             metric.update(*pred, *true)
         return metric.compute()["PQ"]
 
     with tempfile.TemporaryDirectory() as folder:
         files = []
-        for name in ("true", "pred"):
+        for name, side in sides.items():  # the truth first
             os.mkdir(f"{folder}/{name}")
-            rows = []
-            for k, (ids, segments) in enumerate(sides[name]):
+            for k, (ids, _) in enumerate(side):
                 data.write_ids(ids, f"{folder}/{name}/{k}.png")
-                rows.append(dict(image_id=k, file_name=f"{k}.png", segments_info=segments))
+            rows = [dict(image_id=k, file_name=f"{k}.png", segments_info=s) for k, (_, s) in enumerate(side)]
             files.append(Path(folder, f"{name}.json"))
             files[-1].write_text(json.dumps(dict(
                 images=[dict(id=k, height=480, width=640) for k in range(count)], annotations=rows,
                 categories=[dict(id=k, name=str(k), isthing=int(t)) for k, t in enumerate(thing)])))
-            calls = {"ours": ours, "hotcoco": "not installed", "panopticapi": "not installed"}
+        calls = {"ours": ours, "hotcoco": "not installed", "panopticapi": "not installed"}
         for name, module in zip(list(calls)[1:], ("hotcoco.panoptic", "panopticapi.evaluation"), strict=True):
             if found := optional(module):
-                calls[name] = quietly(lambda i, f=found: f.pq_compute(*map(str, files))["All"]["pq"])
+                calls[name] = lambda i, f=found: f.pq_compute(*map(str, files))["All"]["pq"]
         compare_scores(run, f"PQ of {count} maps 480 x 640", calls, count)
 
 
@@ -556,9 +557,8 @@ def bench_ap(run):
 
     def official(i, truth, evaluation):
         done = evaluation(truth, truth.loadRes([*map(dict, results)]), "segm")
-        done.evaluate()
-        done.accumulate()
-        done.summarize()
+        for step in (done.evaluate, done.accumulate, done.summarize):
+            step()
         return done.stats[0]
 
     calls, modules = {"ours": ours}, {"pycocotools": ("pycocotools.coco", "pycocotools.cocoeval"),
@@ -570,8 +570,8 @@ def bench_ap(run):
         for name, (coco, evaluation) in modules.items():
             calls[name] = "not installed"
             if optional(coco):
-                calls[name] = quietly(partial(official, truth=optional(coco).COCO(str(path)),
-                                              evaluation=optional(evaluation).COCOeval))
+                calls[name] = partial(official, truth=optional(coco).COCO(str(path)),
+                                      evaluation=optional(evaluation).COCOeval)
     compare_scores(run, f"mask AP of {count} images, 30 detections, 8 objects each, from RLE", calls, count)
 
 
@@ -615,7 +615,7 @@ def main():
     about = dict(command=f"python bench.py {' '.join(sys.argv[1:])}",
                  gpu=torch.cuda.get_device_name() if run.cuda else "none", torch=torch.__version__,
                  triton=getattr(optional("triton"), "__version__", "not installed"),
-                 cpu=f"{platform.machine()}, {run.threads} thread(s)")
+                 cpu=f"{torch.backends.cpu.get_cpu_capability()}, {run.threads} thread(s)")
     print("\n".join(f"{key}: {value}" for key, value in about.items()), flush=True)
     try:
         if run.json:

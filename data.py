@@ -271,16 +271,13 @@ def _zip_rows(reader):
             "a git-lfs pointer" if head.startswith(b"version https://git-lfs") else \
             "a cut or damaged zip" if head[:2] == b"PK" else f"not a zip ({error})"
         raise ValueError(f"{reader.label}: {reader.length} bytes, {kind}; download it again") from None
-    rows = []
-    for info in infos:
-        # a name without the UTF-8 flag is decoded as cp437, but what most tools wrote is UTF-8
-        name = info.filename if info.flag_bits & 0x800 else _as_utf8(info.filename)
-        method = ENCRYPTED if info.flag_bits & 1 else info.compress_type
-        rows.append((name, info.header_offset, info.compress_size, info.file_size, info.CRC, method))
-    return rows
+    return [(info.filename if info.flag_bits & 0x800 else _as_utf8(info.filename), info.header_offset,
+             info.compress_size, info.file_size, info.CRC,
+             ENCRYPTED if info.flag_bits & 1 else info.compress_type) for info in infos]
 
 
 def _as_utf8(name):
+    """A name without the UTF-8 flag, read as cp437 by zipfile: what most tools wrote is UTF-8."""
     try:
         return name if name.isascii() else name.encode("cp437").decode()
     except UnicodeError:
@@ -420,7 +417,6 @@ class Table:
 
     def __reduce__(self):
         return Table, (self.path,)
-
 
 
 def load_table(reader: Reader, member: str, parse) -> Table:
@@ -911,10 +907,10 @@ def _turn_hue(x, amount):
     """
     top, low = np.maximum(np.maximum(x[0], x[1]), x[2]), np.minimum(np.minimum(x[0], x[1]), x[2])  # (H, W)
     step = (top - low) * round(64 * amount) + 32 >> 6  # (H, W)
-    up, back = top + low - x[0] - x[1] - x[2] + step, -2 * step  # (H, W)
-    # >> 15: all bits if the channel before it is the smaller neighbour
-    moved = [(x[k - 1] - x[k - 2] >> 15 & back) + up + 2 * x[k] for k in range(3)]  # 3 x (H, W)
-    return np.minimum(np.maximum(moved, low), top)
+    up, back, moved = top + low - x[0] - x[1] - x[2] + step, -2 * step, 2 * x  # (H, W), (H, W), (3, H, W)
+    for k in range(3):  # >> 15: all bits if the channel before it is the smaller neighbour
+        moved[k] += (x[k - 1] - x[k - 2] >> 15 & back) + up
+    return np.minimum(np.maximum(moved, low, out=moved), top, out=moved)
 
 
 def draw_jitter(picture: Image.Image, rng: np.random.Generator) -> list[tuple[str, float, float]]:
@@ -922,12 +918,13 @@ def draw_jitter(picture: Image.Image, rng: np.random.Generator) -> list[tuple[st
     (kind, amount in 64ths, for contrast the mean grey of the whole picture just before)."""
     # widths 32/255, 0.5, 0.5, 18/360 are SSD's and upstream's
     kinds = [("brightness", 32 / 255), ("contrast", 0.5), ("saturation", 0.5), ("hue", 6 * 18 / 360)]
-    kinds.insert(rng.choice((1, 3)), kinds.pop(1))
+    kinds.insert(1 if rng.random() < 0.5 else 3, kinds.pop(1))
     steps = []
     for kind, width in (one for one in kinds if rng.random() < 0.5):
         mean = 0.0
         if kind == "contrast":
-            small = np.stack(picture.reduce(8).split())  # (3, H/8, W/8)
+            small = picture.resize([-(-side // 4) for side in picture.size], Image.Resampling.NEAREST)
+            small = np.stack(small.split())  # (3, H/4, W/4)
             mean = float(GREY @ jitter(small, steps).mean((1, 2)) / 128)
         steps.append((kind, round(64 * (rng.uniform(-width, width) + (kind != "hue"))) / 64, mean))
     return steps
@@ -943,7 +940,9 @@ def jitter(pixels: np.ndarray, steps: Sequence[tuple[str, float, float]]) -> np.
             else:  # away from each pixel's grey, from the mean, or from black, which is 0
                 grey = GREY[0] * x[0] + GREY[1] * x[1] + GREY[2] * x[2] >> 7 if kind == "saturation" else mean
                 share = round(64 * amount)
-                x = np.clip(x * share + np.asarray((64 - share) * grey + 32, np.int16) >> 6, 0, 255)
+                x *= share
+                x += np.asarray((64 - share) * grey + 32, np.int16)
+                np.clip(x >> 6, 0, 255, out=x)
         pixels[:, first:first + 128] = x
     return pixels
 
@@ -1013,12 +1012,11 @@ class Augment:
         rows = (2 * y + 1) * height // (2 * window.height)  # of the pixel under the centre, in exact integers
         columns = (2 * x + 1) * width // (2 * window.width)
         columns = width - 1 - columns if window.flip else columns
-        part = source.take(rows, 1).take(columns, 2)  # (L, h, w)
-        # Pillow counts bytes three times faster than bincount
-        present = np.array([Image.fromarray(layer).histogram() for layer in part]) > 0  # (L, 256)
-        ids = np.zeros((len(source), self.size, self.size), np.uint8)  # (L, S, S)
-        ids[:, :len(y), :len(x)] = part
-        return ids, present[target.layer.numpy(), target.value.numpy()]
+        few = len(y) < height  # the columns are taken of as few rows as there are
+        part = source.take(rows, 1).take(columns, 2) if few else source.take(columns, 2).take(rows, 1)
+        layers, where = [layer.tobytes() for layer in part], (target.layer.tolist(), target.value.tolist())
+        kept = np.array([value in layers[layer] for layer, value in zip(*where, strict=True)], bool)  # (T,)
+        return F.pad(torch.from_numpy(part), (0, self.size - len(x), 0, self.size - len(y))).numpy(), kept
 
     def cut_picture(self, window: Window, picture: Image.Image, rng=None) -> np.ndarray:
         """The crop uint8 (3,S,S), recoloured, bilinear with antialias, zero beyond the scaled picture.
@@ -1031,21 +1029,21 @@ class Augment:
         left = window.width - window.left - columns if window.flip else window.left
         top, bottom, y = _cut(window.top, rows, height / shrink, window.height)
         left, right, x = _cut(left, columns, width / shrink, window.width)
-        part = picture.crop((left, top, right, bottom))
+        box = left, top, right, bottom
+        part = picture if box == (0, 0, *picture.size) else picture.crop(box)
         steps = draw_jitter(picture, rng) if self.color_jitter else []
         if steps and part.width * part.height < rows * columns:  # recolour where there are fewer pixels
             planes, steps = jitter(np.stack(part.split()), steps), []  # (3, h, w)
             part = Image.merge("RGB", [Image.fromarray(plane) for plane in planes])
-        part = np.array(part).transpose(2, 0, 1)  # (3, h, w); torch resizes interleaved bytes the fastest
+        part = torch.from_numpy(np.array(part)).permute(2, 0, 1)[None]  # (1, 3, h, w), interleaved: fastest
         # a ratio a little too large: its product with the sides is rounded down
         ratio = [(a + 1e-3) * shrink / b for a, b in zip(window[:2], window.source, strict=True)]
-        part = torch.from_numpy(part)[None]  # (1, 3, h, w)
         part = F.interpolate(part, scale_factor=ratio, mode="bilinear", antialias=True)
-        lines = part[0, :, y:y + rows, x:x + columns].numpy()  # (3, rows, columns)
-        canvas = np.zeros((3, self.size, self.size), np.uint8)  # (3, S, S)
-        canvas[:, :rows, :columns] = lines[:, :, ::-1] if window.flip else lines
-        jitter(canvas[:, :rows, :columns], steps)
-        return canvas
+        part = part[0, :, y:y + rows, x:x + columns]  # (3, rows, columns)
+        part = part.flip(2) if window.flip else part
+        crop = F.pad(part, (0, self.size - columns, 0, self.size - rows)).numpy()  # (3, S, S)
+        jitter(crop[:, :rows, :columns], steps)
+        return crop
 
 
 # ---- Data set ----------------------------------------------------------------------------------------------
