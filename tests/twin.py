@@ -1,0 +1,210 @@
+"""A second device, "twin", made of CPU tensors, which holds code without a GPU to a GPU's rules.
+
+An operation that mixes it with the CPU fails as on CUDA, autocast follows CUDA's lists, and what would make
+the host wait for the device is counted by the function that asks. It has no streams and compiles nothing.
+
+    python tests/twin.py COMMANDS.json  # in a folder of copies made by `copy`
+
+runs [["train", "--data", ...], ["eval", ...]] one after another and prints one line of JSON for each. It is a
+program of its own because a process can be given such a device only once, by an experimental call of torch.
+"""
+
+# SPDX-License-Identifier: MIT
+import collections
+import contextlib
+import importlib
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+from torch.utils import backend_registration
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+NAME, ROOT = "twin", Path(__file__).resolve().parent.parent
+READY = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
+OPS = torch.ops.aten
+WAITS = collections.Counter()
+MOVES = {OPS.copy_.default, OPS._to_copy.default}  # the operations that may know two devices
+INDEXING = {OPS.index.Tensor, OPS.index_put_.default, OPS.index_put.default, OPS._index_put_impl_.default}
+WAITING = {OPS._local_scalar_dense.default, OPS.nonzero.default, OPS._unique2.default, OPS.equal.default,
+           OPS.masked_select.default, OPS.unique_consecutive.default}
+MAKING = ("empty.memory_format empty_strided arange arange.start arange.start_step zeros ones full rand "
+          "randn scalar_tensor linspace eye _copy_from").split()
+# torch's documentation of autocast on CUDA: in the lower type, in float32, in the widest of all arguments
+LOWER = ("conv2d conv_transpose2d.input linear matmul mm bmm addmm baddbmm addbmm mv addmv prelu "
+         "scaled_dot_product_attention").split()
+FULL = ("exp log log10 log1p log2 expm1 reciprocal rsqrt pow.Tensor_Scalar pow.Tensor_Tensor pow.Scalar sum "
+        "sum.dim_IntList prod prod.dim_int cumsum cumprod norm.Scalar norm.ScalarOpt_dim layer_norm "
+        "group_norm cosine_similarity softmax.int log_softmax.int logsumexp mse_loss l1_loss smooth_l1_loss "
+        "kl_div nll_loss nll_loss_nd cross_entropy_loss binary_cross_entropy_with_logits").split()
+WIDEST = "addcdiv addcmul atan2 cross dot grid_sampler index_put scatter_add cat stack tensordot vdot".split()
+
+
+def copy(folder):
+    """The program's files in `folder`, with the device they call "cuda" named as this one."""
+    (folder / "kernels").mkdir(parents=True)
+    for file in (*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py")):
+        text = file.read_text().replace('"cuda"', f'"{NAME}"').replace("torch.cuda.", f"torch.{NAME}.")
+        # tensors made in inference mode have no versions, which a tensor made in Python needs
+        (folder / file.relative_to(ROOT)).write_text(text.replace("torch.inference_mode", "torch.no_grad"))
+
+
+def asking(kind):
+    """Count a wait for the function of ours that asks for it."""
+    frames, here = traceback.extract_stack(), Path.cwd()
+    ours = [f for f in frames if Path(f.filename).parent == here and f.name[0] != "<"]
+    WAITS[f"{Path(ours[-1].filename).stem}.{ours[-1].name}: {kind}" if ours else kind] += 1
+
+
+class Twin(torch.Tensor):
+    """A tensor of the second device; `raw` holds its numbers."""
+
+    is_cuda = property(lambda self: True)
+
+    @staticmethod
+    def __new__(cls, raw):
+        layout = dict(strides=raw.stride(), storage_offset=raw.storage_offset(), dtype=raw.dtype)
+        tensor = torch.Tensor._make_wrapper_subclass(cls, raw.shape, **layout, device=f"{NAME}:0")
+        tensor.raw = raw
+        return tensor
+
+    def __init__(self, raw):
+        pass
+
+    @classmethod
+    def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
+        return call(op, args, kwargs or {})
+
+    def tolist(self):
+        asking("tolist")
+        return self.raw.tolist()
+
+    def numpy(self, *args, **kwargs):
+        raise TypeError(f"can't convert {NAME} device type tensor to numpy")
+
+    __array__ = numpy
+
+    def __format__(self, form):
+        return format(self.item(), form)
+
+    def record_stream(self, stream):
+        pass
+
+
+def call(op, args, kwargs):
+    """`op` on the CPU tensors inside, after the checks that CUDA would make."""
+    if op is OPS._copy_from.default:
+        args[1].raw.copy_(args[0])
+        return args[1]
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    twins, others = ([x for x in tensors if isinstance(x, Twin) == flag] for flag in (True, False))
+    index_on_cpu = op in INDEXING and not any(x is args[0] for x in others)  # which torch allows
+    if twins and op not in MOVES and not index_on_cpu and any(x.dim() for x in others):
+        raise RuntimeError(f"{op}: {NAME} and the CPU, shapes {[tuple(x.shape) for x in tensors]}")
+    target = torch.device(kwargs["device"]).type if kwargs.get("device") is not None else ""
+    masks = op in INDEXING and any(x is not None and x.dtype == torch.bool for x in args[1])
+    if twins and (op in WAITING or masks):
+        asking(op.name().removeprefix("aten::"))
+    if twins and op is OPS._to_copy.default and target == "cpu" and not kwargs.get("non_blocking"):
+        asking("to cpu")
+    target = target or (NAME if twins or not others else "cpu")
+    here = {"device": torch.device("cpu"), "pin_memory": False}
+    kwargs = {key: here.get(key, value) for key, value in kwargs.items()}
+    known = {id(x.raw): x for x in twins}
+    args, kwargs = tree_map_only(Twin, lambda x: x.raw, (args, kwargs))
+    with torch._C._DisableTorchDispatch():
+        out = op(*args, **kwargs)
+
+    def give(x):
+        return known[id(x)] if id(x) in known else Twin(x) if target == NAME else x
+
+    return tree_map_only(torch.Tensor, give, out)
+
+
+def autocast(op, rule):
+    """`op` as autocast calls it: floats of the device in the type that `rule` makes of all their types."""
+    key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+    low = (torch.float32, torch.bfloat16, torch.float16)
+
+    def cast(*args, **kwargs):
+        kind = rule({x.dtype for x in tree_leaves((args, kwargs)) if isinstance(x, Twin)})
+        with torch._C._ExcludeDispatchKeyGuard(key):
+            args, kwargs = tree_map_only(
+                Twin, lambda x: x.to(kind) if kind and x.dtype in low else x, (args, kwargs))
+            return op(*args, **kwargs)
+    return cast
+
+
+class Generator(torch.Generator):
+    """Of the CPU, whatever device is asked for."""
+
+    def __new__(cls, device="cpu"):
+        return super().__new__(cls)
+
+    def __init__(self, device="cpu"):
+        pass
+
+
+class Moment:
+    """A stream or an event: everything is done at once."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __getattr__(self, name):
+        return lambda *args: Moment()
+
+    def elapsed_time(self, other):
+        return 1.0
+
+
+def set_up():
+    """Give this process the device; the libraries returned must live on."""
+    backend_registration._setup_privateuseone_for_python_backend(NAME)
+    module, nothing = getattr(torch, NAME), lambda *args: None
+    for name in ("set_device", "synchronize", "reset_peak_memory_stats", "empty_cache"):
+        setattr(module, name, nothing)
+    for name in ("stream", "device_of"):
+        setattr(module, name, lambda x: contextlib.nullcontext())
+    for name in ("max_memory_allocated", "memory_allocated"):
+        setattr(module, name, lambda *args: 0)
+    module.Event = module.Stream = module.current_stream = Moment
+    module.is_available, module.get_device_capability = lambda: True, lambda *args: (9, 0)
+    module.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
+    torch.__future__.set_overwrite_module_params_on_conversion(True)  # or a weight keeps its old `raw`
+    torch.Generator, torch.Tensor.pin_memory = Generator, lambda self, *args: self
+    every, ours = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+    every.fallback(lambda op, *args, **kwargs: call(op, args, kwargs), "PrivateUse1")
+    every.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    rules = ((LOWER, lambda kinds: torch.get_autocast_dtype(NAME)), (FULL, lambda kinds: torch.float32),
+             (WIDEST, lambda kinds: torch.float32 if torch.float32 in kinds else None))
+    for names, rule in (*rules, (MAKING, None)):
+        for name in names:
+            packet, _, overload = name.partition(".")
+            op = getattr(getattr(OPS, packet), overload or "default")
+            if rule:
+                ours.impl(name, autocast(op, rule), "AutocastPrivateUse1")
+            else:
+                ours.impl(name, lambda *args, op=op, **kwargs: call(op, args, kwargs), "PrivateUse1")
+    return every, ours
+
+
+def main():
+    torch.set_num_threads(1)
+    libraries = set_up()
+    sys.path.insert(0, os.getcwd())
+    for name, *argv in json.loads(Path(sys.argv[1]).read_text()):
+        module = importlib.import_module(name)
+        parse = module.parser().parse_args if name == "predict" else module.parse
+        parsed = parse(argv)
+        WAITS.clear()
+        module.run(*parsed) if isinstance(parsed, tuple) else module.run(parsed)
+        print(json.dumps({"command": [name, *argv], "waits": WAITS}), flush=True)
+    del libraries
+
+
+if __name__ == "__main__":
+    main()
