@@ -1,7 +1,8 @@
 """A second device, "twin", made of CPU tensors, which holds code without a GPU to a GPU's rules.
 
-An operation that mixes it with the CPU fails as on CUDA, autocast follows CUDA's lists, and what would make
-the host wait for the device is counted by the function that asks. It has no streams and compiles nothing.
+An operation that mixes it with the CPU fails as on CUDA, so does one that is not deterministic when that is
+asked for, autocast follows CUDA's lists, and what would make the host wait for the device is counted by the
+function that asks. It has no streams and compiles nothing.
 
     python tests/twin.py COMMANDS.json  # in a folder of copies made by `copy`
 
@@ -31,6 +32,10 @@ MOVES = {OPS.copy_.default, OPS._to_copy.default}  # the operations that may kno
 INDEXING = {OPS.index.Tensor, OPS.index_put_.default, OPS.index_put.default, OPS._index_put_impl_.default}
 WAITING = {OPS._local_scalar_dense.default, OPS.nonzero.default, OPS._unique2.default, OPS.equal.default,
            OPS.masked_select.default, OPS.unique_consecutive.default}
+# torch's documentation of use_deterministic_algorithms: on CUDA these raise then
+UNSTEADY = {getattr(OPS, name).default for name in (
+    "grid_sampler_2d_backward", "nll_loss2d_forward", "upsample_bilinear2d_backward", "histc", "put_",
+    "upsample_bicubic2d_backward", "_upsample_bilinear2d_aa_backward", "_upsample_bicubic2d_aa_backward")}
 MAKING = ("empty.memory_format empty_strided arange arange.start arange.start_step zeros ones full rand "
           "randn scalar_tensor linspace eye _copy_from").split()
 # torch's documentation of autocast on CUDA: in the lower type, in float32, in the widest of all arguments
@@ -104,6 +109,9 @@ def call(op, args, kwargs):
     index_on_cpu = op in INDEXING and not any(x is args[0] for x in others)  # which torch allows
     if twins and op not in MOVES and not index_on_cpu and any(x.dim() for x in others):
         raise RuntimeError(f"{op}: {NAME} and the CPU, shapes {[tuple(x.shape) for x in tensors]}")
+    if op in UNSTEADY and torch.are_deterministic_algorithms_enabled():
+        print(f"{op} does not have a deterministic implementation", file=sys.stderr, flush=True)
+        os._exit(1)  # in a thread of autograd's an error would end the process without its words
     target = torch.device(kwargs["device"]).type if kwargs.get("device") is not None else ""
     masks = op in INDEXING and any(x is not None and x.dtype == torch.bool for x in args[1])
     if twins and (op in WAITING or masks):
