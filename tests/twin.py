@@ -4,10 +4,13 @@ An operation that mixes it with the CPU fails as on CUDA, so does one that is no
 asked for, autocast follows CUDA's lists, and what would make the host wait for the device is counted by the
 function that asks. It has no streams and compiles nothing.
 
-    python tests/twin.py COMMANDS.json  # in a folder of copies made by `copy`
+    python tests/twin.py COMMANDS.json  # both in a folder of copies made by `copy`
+    python tests/twin.py --memory --task coco_panoptic ...
 
-runs [["train", "--data", ...], ["eval", ...]] one after another and prints one line of JSON for each. It is a
-program of its own because a process can be given such a device only once, by an experimental call of torch.
+The first runs [["train", "--data", ...], ["eval", ...]] one after another and prints a line of JSON for each.
+The second takes train.py's flags and prints the bytes alive at the worst moment of a training step: its
+tensors have shapes but no numbers, so any size will do. It is a program of its own because a process can be
+given such a device only once, by an experimental call of torch.
 """
 
 # SPDX-License-Identifier: MIT
@@ -18,7 +21,9 @@ import json
 import os
 import sys
 import traceback
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch.utils import backend_registration
@@ -28,6 +33,7 @@ NAME, ROOT = "twin", Path(__file__).resolve().parent.parent
 READY = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 OPS = torch.ops.aten
 WAITS = collections.Counter()
+INSIDE = SimpleNamespace(device=torch.device("cpu"))  # where the numbers are; "meta": there are none
 MOVES = {OPS.copy_.default, OPS._to_copy.default}  # the operations that may know two devices
 INDEXING = {OPS.index.Tensor, OPS.index_put_.default, OPS.index_put.default, OPS._index_put_impl_.default}
 WAITING = {OPS._local_scalar_dense.default, OPS.nonzero.default, OPS._unique2.default, OPS.equal.default,
@@ -64,6 +70,25 @@ def asking(kind):
     WAITS[f"{Path(ours[-1].filename).stem}.{ours[-1].name}: {kind}" if ours else kind] += 1
 
 
+class Alive:
+    """Bytes of the storages that the device's tensors hold, in CUDA's steps of 512, and their peak."""
+
+    now, peak, holders = 0, 0, collections.Counter()
+
+    @classmethod
+    def add(cls, tensor, storage):
+        key, size = storage._cdata, -(-storage.nbytes() // 512) * 512
+        cls.now += 0 if cls.holders[key] else size
+        cls.peak = max(cls.peak, cls.now)
+        cls.holders[key] += 1
+        weakref.finalize(tensor, cls.drop, key, size)
+
+    @classmethod
+    def drop(cls, key, size):
+        cls.holders[key] -= 1
+        cls.now -= 0 if cls.holders[key] else size
+
+
 class Twin(torch.Tensor):
     """A tensor of the second device; `raw` holds its numbers."""
 
@@ -74,6 +99,7 @@ class Twin(torch.Tensor):
         layout = dict(strides=raw.stride(), storage_offset=raw.storage_offset(), dtype=raw.dtype)
         tensor = torch.Tensor._make_wrapper_subclass(cls, raw.shape, **layout, device=f"{NAME}:0")
         tensor.raw = raw
+        Alive.add(tensor, raw.untyped_storage())
         return tensor
 
     def __init__(self, raw):
@@ -119,7 +145,7 @@ def call(op, args, kwargs):
     if twins and op is OPS._to_copy.default and target == "cpu" and not kwargs.get("non_blocking"):
         asking("to cpu")
     target = target or (NAME if twins or not others else "cpu")
-    here = {"device": torch.device("cpu"), "pin_memory": False}
+    here = {"device": INSIDE.device, "pin_memory": False}
     kwargs = {key: here.get(key, value) for key, value in kwargs.items()}
     known = {id(x.raw): x for x in twins}
     args, kwargs = tree_map_only(Twin, lambda x: x.raw, (args, kwargs))
@@ -144,6 +170,25 @@ def autocast(op, rule):
                 Twin, lambda x: x.to(kind) if kind and x.dtype in low else x, (args, kwargs))
             return op(*args, **kwargs)
     return cast
+
+
+class Flash(torch.autograd.Function):
+    """What flash attention keeps, and makes, of q, k, v (B,nh,N,hd)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = q.transpose(1, 2).new_empty(q.transpose(1, 2).shape).transpose(1, 2)  # (B, nh, N, hd)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return tuple(map(torch.empty_like, ctx.saved_tensors[:3]))
+
+
+def flash(q, k, v):
+    kind = torch.get_autocast_dtype(NAME) if torch.is_autocast_enabled(NAME) else q.dtype
+    return Flash.apply(*(x.to(kind) for x in (q, k, v)))
 
 
 class Generator(torch.Generator):
@@ -200,10 +245,35 @@ def set_up():
     return every, ours
 
 
+def memory(argv, segments=20):
+    """Peak bytes of a masked step: forward, loss, backward, with all gradients and Adam's moments."""
+    # the program's modules take torch's attention as a default when they are imported
+    INSIDE.device, torch.nn.functional.scaled_dot_product_attention = torch.device("meta"), flash
+    data, losses, train = (importlib.import_module(name) for name in ("data", "losses", "train"))
+    assign = losses._assign
+    losses._assign = lambda costs, *rest: assign(torch.rand(costs.shape), *rest)
+    cfg, _ = train.parse(["--data", "none", "--no-compile", *argv])
+    words = data.TASKS[cfg.task].vocabulary
+    model = train.make_open(cfg, words, None) if cfg.stage else train.make_model(cfg, words)
+    model = model.to(NAME).train()
+    trainer, size, count = train.Trainer(cfg, model, torch.device(NAME)), cfg.size, cfg.device_batch_size
+    pixels = torch.zeros(count, 3, size, size, dtype=torch.uint8).to(NAME)
+    ids, zeros = torch.zeros(1, size, size, dtype=torch.uint8), torch.zeros(segments, dtype=torch.int64)
+    target = data.Target(ids, zeros, zeros + 1, zeros, zeros.bool(), zeros.double())
+    targets = [target.to(NAME) for _ in range(count)]
+    part = SimpleNamespace(images=pixels, targets=targets, names=["x"] * count)
+    norm = torch.full((2,), float(segments * count), dtype=torch.float64)
+    trainer.backward(0, 0, part, norm)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Alive.peak + 8 * trained
+
+
 def main():
     torch.set_num_threads(1)
     libraries = set_up()
     sys.path.insert(0, os.getcwd())
+    if sys.argv[1] == "--memory":
+        return print(memory(sys.argv[2:]))
     for name, *argv in json.loads(Path(sys.argv[1]).read_text()):
         module = importlib.import_module(name)
         parse = module.parser().parse_args if name == "predict" else module.parse
