@@ -1232,6 +1232,8 @@ def one_line(error: BaseException) -> str:
     text = (str(error).strip() or type(error).__name__).splitlines()[0].strip()
     if isinstance(error, OSError) and error.filename and error.strerror:
         text = f"{error.filename}: {error.strerror.lower()}"
+    if isinstance(error, torch.OutOfMemoryError):
+        text = f"{'. '.join(text.split('. ')[:2])}; lower --device-batch-size or --size, or use --recompute"
     if text.startswith("DataLoader worker"):
         text = f"a data worker died ({text}); use fewer --workers, or more memory"
     return text

@@ -588,3 +588,10 @@ def test_instance_annotation_of_another_image(root):
     error_of(
         lambda: SegmentDataset(root, task, "val"), "instances_val2017.json: image id 50 is not in images"
     )
+
+
+def test_out_of_gpu_memory_names_the_flags():
+    short = "CUDA out of memory. Tried to allocate 2.50 GiB"
+    said = f"{short}. GPU 0 has a total capacity of 79.10 GiB of which 1.13 GiB is free. See documentation"
+    advice = "lower --device-batch-size or --size, or use --recompute"
+    assert data.one_line(torch.OutOfMemoryError(said)) == f"{short}; {advice}"
