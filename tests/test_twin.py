@@ -125,12 +125,11 @@ def test_open_vocabulary(world, on_twin):
     (2.5, 4, "--stage A --encoder siglip2_large --size 512"),  # to beat: 14 to 16
     (4, 5.5, "--stage B --encoder siglip2_large --size 512"),  # to beat: 3 to 3.5 above stage A
 ])
-def test_memory_of_a_training_step(world, least, most, argv):
+def test_memory_of_a_training_step(least, most, argv):
     """GB alive at batch 4, with the Triton kernels' tensors: no dense mask, nothing of the frozen blocks."""
     pytest.importorskip("triton")
     command = [sys.executable, twin.__file__, "--memory", *argv.split(), "--batch-size", "4"]
-    done = subprocess.run([*command, "--encoder-weights", "random"], cwd=world / "copy", capture_output=True,
-                          text=True)
+    done = subprocess.run([*command, "--encoder-weights", "random"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert least < int(done.stdout.split()[-1]) / 1e9 < most
 

@@ -4,8 +4,8 @@ An operation that mixes it with the CPU fails as on CUDA, so does one that is no
 asked for, autocast follows CUDA's lists, and what would make the host wait for the device is counted by the
 function that asks. It has no streams and compiles nothing.
 
-    python tests/twin.py COMMANDS.json  # both in a folder of copies made by `copy`
-    python tests/twin.py --memory --task coco_panoptic ...
+    python tests/twin.py COMMANDS.json  # in a folder of copies made by `copy`
+    python tests/twin.py --memory --task coco_panoptic --encoder dinov2_large
 
 The first runs [["train", "--data", ...], ["eval", ...]] one after another and prints a line of JSON for each.
 The second takes train.py's flags and prints the bytes alive at the worst moment of a training step: its
@@ -20,6 +20,7 @@ import importlib
 import json
 import os
 import sys
+import tempfile
 import traceback
 import weakref
 from pathlib import Path
@@ -271,9 +272,13 @@ def memory(argv, segments=20):
 def main():
     torch.set_num_threads(1)
     libraries = set_up()
-    sys.path.insert(0, os.getcwd())
     if sys.argv[1] == "--memory":
-        return print(memory(sys.argv[2:]))
+        with tempfile.TemporaryDirectory() as folder:
+            copy(Path(folder))
+            os.chdir(folder)
+            sys.path.insert(0, folder)
+            return print(memory(sys.argv[2:]))
+    sys.path.insert(0, os.getcwd())
     for name, *argv in json.loads(Path(sys.argv[1]).read_text()):
         module = importlib.import_module(name)
         parse = module.parser().parse_args if name == "predict" else module.parse
