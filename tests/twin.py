@@ -129,6 +129,7 @@ class Twin(torch.Tensor):
 def call(op, args, kwargs):
     """`op` on the CPU tensors inside, after the checks that CUDA would make."""
     if op is OPS._copy_from.default:
+        asking("upload")
         args[1].raw.copy_(args[0])
         return args[1]
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
@@ -143,8 +144,11 @@ def call(op, args, kwargs):
     masks = op in INDEXING and any(x is not None and x.dtype == torch.bool for x in args[1])
     if twins and (op in WAITING or masks):
         asking(op.name().removeprefix("aten::"))
-    if twins and op is OPS._to_copy.default and target == "cpu" and not kwargs.get("non_blocking"):
-        asking("to cpu")
+    if op in MOVES and not kwargs.get("non_blocking") and (op is OPS._to_copy.default or len(args) < 3):
+        if twins and target == "cpu":
+            asking("to cpu")
+        elif target == NAME and others or twins and others:
+            asking("upload")
     target = target or (NAME if twins or not others else "cpu")
     here = {"device": INSIDE.device, "pin_memory": False}
     kwargs = {key: here.get(key, value) for key, value in kwargs.items()}
