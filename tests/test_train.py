@@ -6,8 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import traceback
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.overrides import TorchFunctionMode
 
 import data
 import eomt
@@ -396,49 +393,6 @@ def test_verdict_on_a_step_is_read_after_its_copy(device):
     trainer.pending = None, torch.tensor(False), 3, *row
     with pytest.raises(ValueError, match="step 4: not finite"):
         trainer.settle()
-
-
-class Waits(TorchFunctionMode):
-    """Counts what would make the host wait for a GPU, by our function that asks for it."""
-
-    ASK = ("cpu", "item", "tolist", "numpy", "nonzero", "unique", "masked_select", "__bool__", "__float__")
-
-    def __init__(self):
-        super().__init__()
-        self.found = Counter()
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        name, moved = getattr(func, "__name__", ""), [a for a in args[1:] if not isinstance(a, torch.dtype)]
-        moved = name == "to" and moved and not (kwargs or {}).get("non_blocking")
-        chosen = name == "__getitem__" and getattr(args[1], "dtype", None) == torch.bool
-        if name in self.ASK or moved or chosen:
-            frames = traceback.extract_stack()[:-1]
-            ours = [f for f in frames if Path(f.filename).parent == ROOT and f.name[0] != "<"]
-            if not moved or Path(frames[-1].filename).parent == ROOT:  # torch's own stay where they are
-                self.found[ours[-1].name, name] += 1
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("stage", ["", "B"])
-def test_step_waits_for_the_device_once(shapes, stage):
-    """The matcher's costs go to the host; after them that copy, the verdict and scalars are there already."""
-    argv = ["--stage", stage] if stage else []
-    cfg, _ = train.parse([*TINY, *argv, "--encoder-weights", "random", "--rope-rescale", "2"])
-    words = data.TASKS[cfg.task].vocabulary
-    model = (train.make_open(cfg, words, None) if stage else train.make_model(cfg, words)).train()
-    model.encoder.register_buffer("rope_scale", torch.ones(()), persistent=False)
-    trainer = train.Trainer(cfg, model, torch.device("cpu"))
-    sets = data.SegmentDataset(shapes, "shapes", "train", data.Augment(64))
-    part = data.collate([sets[(0, i)] for i in range(4)])
-    for target in part.targets:
-        target.labels.fill_(train.seen_classes(words, cfg.split)[0])
-    for step in range(2):
-        norm, _ = trainer.agree([part], SimpleNamespace(signal=0))
-        with Waits() as waits:
-            trainer.step(step, [part], norm)
-    on_host = {("_assign", "__bool__"), ("_assign", "numpy"), ("settle", "__bool__"), ("step", "item")}
-    found = {key: count for key, count in waits.found.items() if key not in on_host}
-    assert found == {("match", "cpu"): 1}
 
 
 def test_evaluation_leaves_the_training_graph_its_batch(monkeypatch):

@@ -84,7 +84,7 @@ def losses(folder):
 
 def test_closed_classes(world, on_twin):
     """All kinds of tasks, and the same losses as on the CPU; a step waits once a part, for the matcher."""
-    begin = ["train", *TRAIN, "--encoder", "tiny", "--size", "64"]
+    begin = ["train", *TRAIN, "--size", "64", "--encoder", "tiny"]
     fp8 = ["--fp8"] if torch.__version__ >= "2.13" else []  # torch 2.10's CPU scales whole tensors only
     same = [*begin, "--data", world / "data", "--task", "shapes_open", "--amp", "off", "--deterministic"]
     waits = on_twin(
@@ -95,7 +95,8 @@ def test_closed_classes(world, on_twin):
         [*begin, "--task", "auto", "--data", world / "things", "--recompute", "--out", world / "I"],
         ["eval", "--workers", "0", "--ckpt", world / "I", "--save-instance", world / "found.json"],
         ["predict", "--ckpt", world / "I", world / "photo.jpg", "--out", world / "seen"],
-        [*begin, "--task", "auto", "--data", world / "pixels", "--out", world / "S"],
+        [*begin, "--task", "auto", "--data", world / "pixels", "--encoder", "dinov3_small",
+         "--encoder-weights", "random", "--out", world / "S"],
         ["eval", "--workers", "0", "--ckpt", world / "S", "--save-semantic", world / "labels"],
         ["predict", "--ckpt", world / "S", world / "photo.jpg", "--out", world / "seen"],
     )
