@@ -50,6 +50,7 @@ IMAGE_LIMIT = 1 << 28  # bytes of one picture, decompressed; the largest real on
 JSON_LIMIT = 1 << 30  # COCO's largest JSON has 0.45 GB
 NESTED_LIMIT = 1 << 34  # COCO's largest nested zip has 0.8 GB
 ENCRYPTED, NO_CRC = 99, -1  # in the columns `method` and `crc`
+GRACE = 30  # seconds that a data process outlives SIGTERM
 
 # ---- Cache -------------------------------------------------------------------------------------------------
 
@@ -342,9 +343,8 @@ def mount(root: str | Path, folders: Sequence[str], archives: Sequence[str] = ()
     raise FileNotFoundError(f"{root}: has no {wanted}; download it, or give another folder")
 
 
-# What Pillow raises on damaged pictures.
 UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error,
-               Image.DecompressionBombError)
+               Image.DecompressionBombError)  # what Pillow raises on damaged pictures
 
 # ---- Tasks -------------------------------------------------------------------------------------------------
 
@@ -440,11 +440,12 @@ def load_table(reader: Reader, member: str, parse) -> Table:
 def _image_arrays(data, problems):
     """Arrays of the "images" and "categories" lists, and the row of each image id."""
     images, categories = data["images"], data["categories"]
-    row = {}
-    for image in images:
-        if image["id"] in row:
-            problems.append(f"image id {image['id']} twice; fix this file")
-        row[image["id"]] = len(row)
+    for what, entries in (("category", categories), ("image", images)):
+        row = {}
+        for entry in entries:
+            if entry["id"] in row:
+                problems.append(f"{what} id {entry['id']} twice; fix this file")
+            row[entry["id"]] = len(row)
     arrays = {
         "image_id": np.array([i["id"] for i in images], np.int64),
         "hw": np.array([(i["height"], i["width"]) for i in images], np.int64).reshape(-1, 2),  # (n, 2)
@@ -468,7 +469,7 @@ def _segment_arrays(lists):
         "start": _starts([len(one) for one in lists]),
         "category": np.array([s["category_id"] for s in segments], np.int64),
         "crowd": np.array([s.get("iscrowd", 0) for s in segments], bool),
-        "area": np.array([s["area"] for s in segments], np.float64),
+        "area": np.array([float(s["area"]) for s in segments], np.float64),  # of None it makes an error
     }
 
 
@@ -593,7 +594,6 @@ def _target(ids, layer, value, labels, crowd, area):
 
 def open_picture(data: bytes, where: str, shrink: int = 1) -> Image.Image:
     """A decoded picture of 8 bits a channel; `where` starts the message if it cannot be decoded.
-
     A JPEG is decoded at 1/shrink (1, 2, 4 or 8) of its sides; `info["size"]` keeps their true lengths.
     """
     try:
@@ -602,7 +602,7 @@ def open_picture(data: bytes, where: str, shrink: int = 1) -> Image.Image:
         # Pillow would clip 16 bits without a word
         deep = picture.mode[0] in "IF" or (picture.format == "PNG" and data[24] == 16)
         if not deep:
-            if shrink > 1:
+            if shrink > 1 and picture.getexif().get(0x0112, 1) < 5:  # turned, its partial pixels would lead
                 picture.draft(None, [max(1, side // shrink) for side in picture.size])
             picture.load()
     except UnidentifiedImageError:  # its own text holds an address, so it is another one each time
@@ -727,7 +727,11 @@ class CocoInstance(_Coco):
         rows = rows if crowd else rows[~self.table["crowd"][rows]]
         masks = np.zeros((len(rows), *self.hw[i]), bool)  # (T, H, W)
         for mask, s in zip(masks, rows, strict=True):
-            mask[:] = self._mask(s, *mask.shape)
+            try:
+                mask[:] = self._mask(s, *mask.shape)
+            except ValueError as error:
+                where = f"{self.reader.label}!{self.stem}.json: image id {self.image_ids[i]}"
+                raise ValueError(f"{where}, number {s - rows[0] + 1} of its annotations: {error}") from None
         return Target.from_masks(masks, *self._columns(rows))
 
     def _mask(self, s, height, width):
@@ -866,14 +870,20 @@ def _coco_task(root, kind, layout):
 
 def _labels_task(root):
     """The task of classes.txt: line n (from 0) names pixel value n, 255 is ignored."""
-    path = Path(root) / "classes.txt"
+    path, data = Path(root) / "classes.txt", None
     if path.exists():
         data = path.read_bytes()
-    elif Path(root).is_file() and (reader := ZipReader(root)).find(["classes.txt"])[0] >= 0:
-        data = reader.read("classes.txt")
-    else:
+    elif Path(root).is_file():
+        reader = ZipReader(root)
+        for name in reader.under("", ("classes.txt",)):
+            if name in ("classes.txt", name.split("/")[0] + "/classes.txt"):
+                data = reader.read(name)
+    if data is None:
         return None
-    names = [line.strip() for line in data.decode(errors="replace").splitlines() if line.strip()]
+    text = data.decode("utf-8-sig", errors="replace").rstrip()
+    names = [line.strip() for line in text.splitlines()]
+    if "" in names:
+        raise ValueError(f"{root}!classes.txt: line {names.index('') + 1} is blank; line n names value n")
     if not 0 < len(names) < 255:
         raise ValueError(f"{root}!classes.txt: {len(names)} names; give 1 to 254, one a line")
     own = Vocabulary("own", names, range(len(names)), [False] * len(names))
@@ -900,7 +910,6 @@ GREY = np.array([38, 75, 15], np.int16)  # of 128: .299 .587 .114
 
 def _turn_hue(x, amount):
     """Hue + `amount` (below 1) of a sixth of a turn in int16 (3,H,W), whose other HSV values stay.
-
     Around the circle a channel is at the top, slopes to the bottom, stays there, slopes back. It moves by
     amount * (top - bottom) from where an endless slope would be, down if the channel before it is the smaller
     neighbour, and is cut to the ends.
@@ -1012,15 +1021,13 @@ class Augment:
         rows = (2 * y + 1) * height // (2 * window.height)  # of the pixel under the centre, in exact integers
         columns = (2 * x + 1) * width // (2 * window.width)
         columns = width - 1 - columns if window.flip else columns
-        few = len(y) < height  # the columns are taken of as few rows as there are
-        part = source.take(rows, 1).take(columns, 2) if few else source.take(columns, 2).take(rows, 1)
+        part = source.take(rows, 1).take(columns, 2)  # (L, h, w)
         layers, where = [layer.tobytes() for layer in part], (target.layer.tolist(), target.value.tolist())
         kept = np.array([value in layers[layer] for layer, value in zip(*where, strict=True)], bool)  # (T,)
         return F.pad(torch.from_numpy(part), (0, self.size - len(x), 0, self.size - len(y))).numpy(), kept
 
     def cut_picture(self, window: Window, picture: Image.Image, rng=None) -> np.ndarray:
         """The crop uint8 (3,S,S), recoloured, bilinear with antialias, zero beyond the scaled picture.
-
         An RGB picture may be window.shrink times smaller than the window's source.
         """
         height, width = window.source
@@ -1029,8 +1036,7 @@ class Augment:
         left = window.width - window.left - columns if window.flip else window.left
         top, bottom, y = _cut(window.top, rows, height / shrink, window.height)
         left, right, x = _cut(left, columns, width / shrink, window.width)
-        box = left, top, right, bottom
-        part = picture if box == (0, 0, *picture.size) else picture.crop(box)
+        part = picture.crop((left, top, right, bottom))
         steps = draw_jitter(picture, rng) if self.color_jitter else []
         if steps and part.width * part.height < rows * columns:  # recolour where there are fewer pixels
             planes, steps = jitter(np.stack(part.split()), steps), []  # (3, h, w)
@@ -1158,7 +1164,6 @@ class Batch:
 
 def pack(samples: Sequence[Sample]) -> tuple:
     """Samples -> the form that leaves a worker: few tensors, as each costs a file descriptor, often of 1024.
-
     Pixels uint8 (bytes,): images, then id maps; numbers float64 (T_all, 5): layer, value, label, crowd, area;
     the shapes of the pixels; T of each sample; (name, image_id, faults) of each sample.
     """
@@ -1214,7 +1219,6 @@ def staged(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
 
 def positions(n: int, batch_size: int, seed: int, step: int) -> list[tuple[int, int, int]]:
     """Keys (epoch, index, seed) of one global step; every epoch is a permutation f(seed, epoch).
-
     The remainder of an epoch is dropped if n >= batch_size; smaller sets run on through their permutations.
     """
     def order(epoch):
@@ -1243,7 +1247,7 @@ def command(work, argv: Sequence[str]):
     """`work(argv)` of a script: a user's mistake ends in one line and exit code 1; --debug shows where."""
     try:
         return work(argv)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if "--debug" in argv:
             raise
         print(f"error: {one_line(error)}", file=sys.stderr)
@@ -1273,12 +1277,8 @@ def _alive(batches):
         del stream
 
 
-GRACE = 30  # seconds
-
-
 def _deaf(worker: int):
     """A data process outlives Ctrl-C and a signal to the whole group: its parent ends it, after saving.
-
     SIGTERM is also how torch and Python end a process whose queue is gone, so it is only put off."""
     signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))  # 0: else torch raises in the parent
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
@@ -1443,7 +1443,6 @@ def _write_split(root, split, count, vocabulary, allowed, rng, size):
 def write_shapes(root: str | Path, vocabulary: Vocabulary, train: int = 2000, val: int = 200, seed: int = 0,
                  train_classes: Sequence[int] | None = None, size: int = 64) -> None:
     """Write the world's four official zips into `root`; training images show only `train_classes`, if given.
-
     Names in `vocabulary` are a colour and a shape or pattern: "red disc", "gray stripes".
     """
     root, every = Path(root), range(len(vocabulary.names))

@@ -151,7 +151,6 @@ def conclude(metric, meta, headline, column) -> tuple[dict, list]:
 
 def evaluate(model, dataset, rank=0, world=1, workers=0, limit=0, masked=False, exports=()) -> Result:
     """Numbers of `model` on `dataset` (data.SegmentDataset, no transform); `model.meta` says kind and names.
-
     limit: only the first images (then `partial`); masked: masked attention as in training; exports: each is
     called with every (result, sample). Runs on the model's device; every rank gets the same Result.
     """
@@ -223,7 +222,6 @@ def windows(model, dataset, limit=0):
 @torch.inference_mode()
 def probe_regions(model, dataset, limit=0) -> dict[str, dict[str, float]]:
     """Per pooling mode the percentage of true masks that SigLIP 2 alone names right, by group of classes.
-
     Nothing is trained for it; in real towers `mean` is at chance, for raw tokens are not in text space."""
     head, thing = model.class_head, torch.tensor(model.meta["thing"])
     hits, labels = {mode: [] for mode in ("map", "value", "mean")}, []
@@ -363,7 +361,7 @@ def sweep(model, dataset, args, rank, world) -> Result:
 # ---- Exports in the layouts of the official tools ----------------------------------------------------------
 def export_panoptic(folder, task, result, sample) -> list[dict]:
     """COCO's panoptic submission: FOLDER/NAME.png, and in FOLDER.json a row."""
-    ids, name = result.ids.cpu().numpy(), Path(sample.name).stem + ".png"
+    ids, name = result.ids.cpu().numpy(), str(Path(sample.name).with_suffix(".png"))
     data.write_ids(ids, folder / name)
     areas = np.bincount(ids.ravel(), minlength=len(result.labels) + 1)
     segments = [dict(id=s, category_id=task.vocabulary.ids[label], area=int(areas[s]))
@@ -381,7 +379,7 @@ def export_instance(path, task, result, sample) -> list[dict]:
 def export_semantic(folder, task, result, sample) -> list[dict]:
     """FOLDER/NAME.png with the data set's own label values: ADE20K 1..150, Cityscapes labelIds."""
     values = np.array(task.vocabulary.ids, np.uint8) + data.PAIRS[task.layout].offset  # (K,)
-    Image.fromarray(values[result.cpu().numpy()]).save(folder / (Path(sample.name).stem + ".png"))
+    Image.fromarray(values[result.cpu().numpy()]).save(folder / Path(sample.name).with_suffix(".png"))
     return []
 
 
@@ -397,6 +395,8 @@ class Export:
         folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, result, sample):
+        if self.task.kind != "instance":  # pictures of one name may lie in several folders
+            (self.path / sample.name).parent.mkdir(parents=True, exist_ok=True)
         self.rows += EXPORTS[self.task.kind](self.path, self.task, result, sample)
 
     def finish(self, rank, world):

@@ -114,12 +114,13 @@ def _outline(polygon):
 
 def polygons_to_mask(polygons: Sequence[Sequence[float]], height: int, width: int) -> np.ndarray:
     """Mask, bool (H,W), of the union of polygons, each [x0, y0, x1, y1, ...]: the pixels pycocotools gives.
-
-    Raises ValueError for a polygon with an odd number of coordinates or fewer than three points."""
+    Raises ValueError for an odd number of coordinates, fewer than three points, or one beyond 1e6 pixels."""
     mask = np.zeros((height, width), bool)  # (H, W)
     for polygon in polygons:
         if len(polygon) < 6 or len(polygon) % 2:
             raise ValueError(f"a polygon has {len(polygon)} coordinates; give x, y of at least three points")
+        if not np.abs(polygon).max() < 1e6:  # its outline is walked pixel by pixel
+            raise ValueError("a polygon has a coordinate that is no number below 1e6; give pixels")
         u, v = _outline(np.asarray(polygon, np.float64).reshape(-1, 2))
         turn = np.flatnonzero(u[1:] != u[:-1]) + 1
         x = (np.minimum(u[turn], u[turn - 1]) + 0.5) / 5 - 0.5
@@ -137,8 +138,7 @@ def polygons_to_mask(polygons: Sequence[Sequence[float]], height: int, width: in
     return mask
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Label maps are piecewise constant: everything is counted over runs of equal (a, b), never over pixels.
+# ---- Label maps are piecewise constant: counts are over runs of equal (a, b), never over pixels ------------
 
 
 def _sum_by(key, amount, shape):

@@ -1239,7 +1239,7 @@ def run(cfg: Config, origin: dict) -> int:
 def main():
     try:
         code = run(*parse(sys.argv[1:]))
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if "--debug" in sys.argv:
             raise
         print(f"error: {data.one_line(error)}", file=sys.stderr, flush=True)

@@ -595,3 +595,67 @@ def test_out_of_gpu_memory_names_the_flags():
     said = f"{short}. GPU 0 has a total capacity of 79.10 GiB of which 1.13 GiB is free. See documentation"
     advice = "lower --device-batch-size or --size, or use --recompute"
     assert data.one_line(torch.OutOfMemoryError(said)) == f"{short}; {advice}"
+
+
+def spoil_instances(root, change):
+    """The instance JSON of val with `change(annotations, categories)` done to it, in place in its zip."""
+    path = root / "annotations_trainval2017.zip"
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    content = json.loads(members["annotations/instances_val2017.json"])
+    change(content["annotations"], content["categories"])
+    members["annotations/instances_val2017.json"] = json.dumps(content)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, member in members.items():
+            archive.writestr(name, member)
+
+
+@pytest.mark.parametrize(
+    "outline,word",
+    [
+        ([[1, 1, 2, 2]], "a polygon has 4 coordinates"),
+        ([[1, 1, float("nan"), 1, 30, 40]], "no number below 1e6"),
+        ([[1, 1, float("inf"), 1, 30, 40]], "no number below 1e6"),
+        ([[1, 1, 1e9, 1, 30, 40]], "no number below 1e6"),
+        ({"size": [64, 64], "counts": [5]}, "counts fill"),
+    ],
+)
+def test_outline_that_is_none_names_its_image(tmp_path, outline, word):
+    data.write_shapes(tmp_path, vocab.SHAPES, 1, 2)
+    task = data.replace(data.TASKS["coco_instance"], vocabulary=vocab.SHAPES)
+    spoil_instances(tmp_path, lambda notes, _: notes[0].update(segmentation=outline))
+    dataset = SegmentDataset(tmp_path, task, "val")
+    place = "annotations/instances_val2017.json: image id 1, number 1 of its annotations: "
+    error_of(lambda: dataset[0], f"{tmp_path}/annotations_trainval2017.zip!{place}", word)
+    assert len(dataset[1].target.labels)
+
+
+def test_category_twice_and_area_of_nothing(tmp_path):
+    data.write_shapes(tmp_path, vocab.SHAPES, 1, 2)
+    spoil_instances(tmp_path, lambda _, kinds: kinds.append(dict(kinds[0], name="other")))
+    error_of(lambda: SegmentDataset(tmp_path, "coco_instance", "val"), "category id 1 twice; fix this file")
+    spoil_instances(tmp_path, lambda notes, kinds: (kinds.pop(), notes[0].update(area=None)))
+    error_of(lambda: SegmentDataset(tmp_path, "coco_instance", "val"), "not COCO's form", "NoneType")
+
+
+def test_blank_line_among_the_class_names(tmp_path):
+    (tmp_path / "classes.txt").write_text("sky\n\nroad\n")
+    error_of(lambda: data.detect(tmp_path), "classes.txt: line 2 is blank")
+
+
+def test_out_of_memory_is_one_line(capsys):
+    def work(argv):
+        return np.zeros(1 << 50)
+
+    with pytest.raises(SystemExit):
+        data.command(work, [])
+    assert capsys.readouterr().err.startswith("error: Unable to allocate")
+
+
+@pytest.mark.parametrize("tag,size", [(1, (17, 9)), (6, (130, 70))])
+def test_turned_jpeg_is_decoded_whole(tag, size):
+    """A picture of 130 x 70 has a partial pixel at 1/8, which a turn would bring to its beginning."""
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = tag
+    Image.new("RGB", (130, 70), "red").save(file, "JPEG", exif=exif)
+    assert data.open_picture(file.getvalue(), "x", 8).size == size

@@ -1,5 +1,6 @@
 """eval.py: masks counted on the device, and counting in a thread while the model goes on."""
 # SPDX-License-Identifier: MIT
+import json
 import threading
 import time
 import weakref
@@ -224,3 +225,18 @@ def test_empty_share_of_a_rank(monkeypatch):
     monkeypatch.setattr(evaluation.dist, "all_gather_object", gather)
     result, _ = run(monkeypatch, 1, guess, rank=1, world=2)
     assert result.images == 1 and np.isnan(result.numbers["mIoU"])
+
+
+@pytest.mark.parametrize("kind", ["panoptic", "semantic"])
+def test_exports_of_one_name_in_two_folders(tmp_path, kind):
+    task = data.TASKS["shapes" if kind == "panoptic" else "ade20k_semantic"]
+    export, ids = evaluation.Export(str(tmp_path / "out"), task), torch.ones(4, 4, dtype=torch.int32)
+    for k, name in enumerate(("a/1.jpg", "b/1.jpg", "2.v1.jpg")):
+        panoptic = eomt.Panoptic(ids, torch.tensor([k]), torch.ones(1))
+        export(panoptic if kind == "panoptic" else ids.long() * k, data.Sample(None, None, name, k))
+    export.finish(0, 1)
+    assert sorted(str(p.relative_to(tmp_path / "out")) for p in tmp_path.glob("out/**/*.png")) == [
+        "2.v1.png", "a/1.png", "b/1.png"]
+    if kind == "panoptic":
+        rows = json.loads((tmp_path / "out.json").read_text())["annotations"]
+        assert [row["file_name"] for row in rows] == ["a/1.png", "b/1.png", "2.v1.png"]

@@ -260,6 +260,9 @@ def test_polygons_union_square_and_errors():
     assert mask.shape == (10, 12) and mask.sum() == 18 and mask[1:4, 1:4].all() and mask[6:9, 6:9].all()
     assert not polygons_to_mask([], 3, 4).any()
     assert not polygons_to_mask([[-9, -9, -5, -9, -5, -5]], 3, 4).any()
+    for worst in (float("nan"), float("inf"), 1e9):
+        with pytest.raises(ValueError, match="no number below 1e6"):
+            polygons_to_mask([[1, 1, worst, 1, 30, 40]], 5, 5)
     for bad in ([1, 2, 3, 4], [1, 2, 3, 4, 5, 6, 7]):
         with pytest.raises(ValueError, match="at least three points"):
             polygons_to_mask([bad], 5, 5)

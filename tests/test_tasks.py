@@ -203,9 +203,9 @@ def check_export(kind, name, target, root):
         found = truth.loadRes(str(target))
         assert len(found.getImgIds()) == 3 and set(found.getCatIds()) <= set(table.ids)
     else:
-        values = {v for p in target.glob("*.png") for v in np.unique(np.asarray(Image.open(p))).tolist()}
+        values = {v for p in target.glob("**/*.png") for v in np.unique(np.asarray(Image.open(p))).tolist()}
         offset = 1 if name.startswith("ade") else 0
-        assert len(list(target.glob("*.png"))) == 3 and values <= {i + offset for i in table.ids}
+        assert len(list(target.glob("**/*.png"))) == 3 and values <= {i + offset for i in table.ids}
 
 
 def test_exports_give_our_numbers_in_the_official_tools(tmp_path, monkeypatch):
