@@ -848,7 +848,7 @@ def detect(root: str | Path) -> Task:
                 continue
             return TASKS[name]
     wanted = "archives of COCO, ADE20K or Cityscapes, or images/ masks/ classes.txt"
-    raise FileNotFoundError(f"{root}: no known layout; give a folder with {wanted}")
+    raise FileNotFoundError(f"{root or '--data'}: no known layout; give a folder with {wanted}")
 
 
 def _coco_task(root, kind, layout):
@@ -882,8 +882,9 @@ def _labels_task(root):
         return None
     text = data.decode("utf-8-sig", errors="replace").rstrip()
     names = [line.strip() for line in text.splitlines()]
-    if "" in names:
-        raise ValueError(f"{root}!classes.txt: line {names.index('') + 1} is blank; line n names value n")
+    for n in [n for n, name in enumerate(names) if not name or name in names[:n]][:1]:
+        fault = "a name again" if names[n] else "blank"
+        raise ValueError(f"{root}!classes.txt: line {n + 1} is {fault}; the first line names value 0")
     if not 0 < len(names) < 255:
         raise ValueError(f"{root}!classes.txt: {len(names)} names; give 1 to 254, one a line")
     own = Vocabulary("own", names, range(len(names)), [False] * len(names))

@@ -274,7 +274,9 @@ def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
             stored = json.loads(Path(given["config"]).read_text())["config"]
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{given['config']}: not a run's config.json; give RUN/config.json") from None
-        stored = {k: v for k, v in stored.items() if k not in ("out", "resume", "overwrite", "config")}
+        follows = dict(steps="epochs", device_batch_size="batch_size")  # computed, if the latter is given now
+        old = {"out", "resume", "overwrite", "config"} | {k for k in follows if follows[k] in given}
+        stored = {k: v for k, v in stored.items() if k not in old}
     stage = given.get("stage", stored.get("stage", ""))
     if stage not in ("", *STAGES):
         raise ValueError(f"--stage {stage}: unknown; one of {', '.join(STAGES)}")
@@ -569,7 +571,6 @@ def run_steps(out: Path) -> list[Path]:
 
 def prune(out: Path, step: int, keep=2):
     """After the save at `step`: the newest `keep` stay. Later ones are damaged: a resume passed them over.
-
     Renamed first: what a kill leaves of a half-removed folder must not look like a checkpoint."""
     steps = run_steps(out)
     later = [path for path in steps if int(path.name[5:]) > step]
@@ -639,7 +640,6 @@ def replace(path: Path, text: str):
 # ---- Log and pictures --------------------------------------------------------------------------------------
 class Log:
     """Rank 0's voice: stdout and log.txt, metrics.jsonl, curves.png; Weights & Biases where asked for."""
-
     def __init__(self, out: Path, rank: int):
         self.out, self.rank, self.wandb = out, rank, None
 
@@ -716,7 +716,6 @@ def describe(cfg, origin, model, images, world):
 class Stop:
     """SIGTERM, SIGINT and SIGUSR1 ask for a checkpoint and an end at the next step; a second ends at once,
     but within a second it is the same one: a terminal and torchrun both hand it on."""
-
     def __init__(self):
         self.signal, self.since = 0, 0.0
         for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -755,7 +754,6 @@ def total(values: torch.Tensor, world: int) -> torch.Tensor:
 # ---- Training ----------------------------------------------------------------------------------------------
 class Profile:
     """--profile: the seconds of each part of a step, and a Chrome trace of the third and fourth step.
-
     It waits for the device after each part, so that the whole takes a little longer than without it."""
 
     def __init__(self, device: torch.device, path: Path):
@@ -865,7 +863,6 @@ class Trainer:
 
     def distill(self, losses, last, targets, norm) -> dict[str, torch.Tensor]:
         """Adds how far the adapted tower went from itself: patch by patch, and among texts on true regions.
-
         This part's share of the mean over all patches and regions of the step."""
         cfg, model, head = self.cfg, self.raw, self.raw.class_head
         share = len(targets) / cfg.batch_size
@@ -1115,9 +1112,8 @@ def pretrain_toy(folder: str | Path, vocabulary, steps: int = 2000, seed: int = 
 
 
 # ---- The run -----------------------------------------------------------------------------------------------
-IMAGES = dict.fromkeys(("coco_panoptic", "coco_instance"), 118287) | dict(cityscapes_semantic=2975)
+IMAGES = dict.fromkeys(("coco_panoptic", "coco_instance"), 118287) | dict(cityscapes_semantic=2975)  # train
 IMAGES |= dict.fromkeys((f"ade20k_{kind}" for kind in ("panoptic", "instance", "semantic")), 20210)
-# training images of the official sets, for --dry-run without data
 
 
 def open_data(cfg: Config, rank: int) -> dict[str, data.SegmentDataset]:
@@ -1209,6 +1205,10 @@ def run(cfg: Config, origin: dict) -> int:
     sets = None if cfg.dry_run else open_data(cfg, rank)
     images = len(sets["train"]) if sets else IMAGES.get(cfg.task, cfg.batch_size)
     cfg.steps = cfg.steps or max(1, int(cfg.epochs * (images // cfg.batch_size)))
+    long = 2 * sum(cfg.warmup) > cfg.steps and origin.get("warmup") not in ("flag", "config", "quick")
+    share = np.multiply(cfg.warmup, cfg.steps / 4 / max(1, sum(cfg.warmup)))  # few images: not only warm-up
+    cfg.warmup = tuple(share.astype(int).tolist()) if long else cfg.warmup
+    origin |= {"warmup": "computed"} if long else {}
     model = open_model(cfg, task, rank, sets, begin) if cfg.stage else make_model(cfg, task.vocabulary)
     if rank == 0:
         describe(cfg, origin, model, images, world)

@@ -659,3 +659,8 @@ def test_turned_jpeg_is_decoded_whole(tag, size):
     exif[0x0112] = tag
     Image.new("RGB", (130, 70), "red").save(file, "JPEG", exif=exif)
     assert data.open_picture(file.getvalue(), "x", 8).size == size
+
+
+def test_class_name_twice(tmp_path):
+    (tmp_path / "classes.txt").write_text("sky\nroad\nsky\n")
+    error_of(lambda: data.detect(tmp_path), "classes.txt: line 3 is a name again")

@@ -547,3 +547,26 @@ def test_folders_named_like_pictures_are_not_predicted(tmp_path):
     (tmp_path / "a.jpg").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "b.jpg")
     assert predict.expand([str(tmp_path)]) == [tmp_path / "b.jpg"]
+
+
+def test_short_trainings_are_not_all_warmup(shapes, tmp_path, capsys):
+    """A warm-up that nobody gave leaves three quarters of the steps; a given one stays."""
+    argv = ["--task", "shapes", "--encoder", "tiny", "--data", shapes, "--batch-size", "4", "--dry-run"]
+    for more, wanted in (((), (8, 16)), (("--warmup", "500,1000"), (500, 1000))):
+        cfg, origin = train.parse([*map(str, argv), "--steps", "100", *more])
+        assert train.run(cfg, origin) == 0 and cfg.warmup == wanted
+    cfg, origin = train.parse([*map(str, argv), "--steps", "4000"])
+    assert train.run(cfg, origin) == 0 and cfg.warmup == (500, 1000)
+    capsys.readouterr()
+
+
+def test_config_keeps_nothing_that_follows_from_a_flag(tmp_path):
+    stored = dict(steps=77, epochs=2.0, batch_size=16, device_batch_size=16)
+    (tmp_path / "config.json").write_text(json.dumps(dict(config=stored)))
+    begin = ["--data", "x", "--config", str(tmp_path / "config.json")]
+    cfg, _ = train.parse(begin)
+    assert (cfg.steps, cfg.device_batch_size) == (77, 16)
+    cfg, _ = train.parse([*begin, "--batch-size", "4"])
+    assert (cfg.steps, cfg.batch_size, cfg.device_batch_size) == (77, 4, 0)
+    cfg, _ = train.parse([*begin, "--epochs", "3"])
+    assert (cfg.steps, cfg.epochs) == (0, 3)

@@ -138,6 +138,29 @@ def test_memory_of_a_training_step(least, most, argv):
     assert least < int(done.stdout.split()[-1]) / 1e9 < most
 
 
+SMALL = """
+import torch, twin
+libraries = twin.set_up()
+x = torch.ones(2, 2, device="twin")
+low, first = x.bfloat16(), torch.zeros(1, dtype=torch.int64)
+with torch.autocast("twin", torch.bfloat16):
+    print("types", *(y.dtype for y in (x @ x, low.softmax(1), torch.cat([low, x]), low.exp(), low + low)))
+x[first] = x[:1] + 1
+torch.bincount(x[0].long())
+print("waits", *twin.WAITS)
+x[first] = torch.ones(1, 2)
+"""
+
+
+def test_autocast_and_what_counts():
+    """Types by CUDA's lists; a value from the CPU is an error where an index from there is none."""
+    here = os.path.dirname(twin.__file__)
+    done = subprocess.run([sys.executable, "-c", SMALL], cwd=here, capture_output=True, text=True)
+    assert "types torch.bfloat16 torch.float32 torch.float32 torch.float32 torch.bfloat16\n" in done.stdout
+    assert "bincount" in done.stdout.split("waits")[1]
+    assert "RuntimeError: aten.index_put_.default: twin and the CPU" in done.stderr
+
+
 def test_the_device_notices(world, on_twin):
     """What the two tests above lean on: a tensor left on the CPU is an error, and an unsteady operation."""
     command = ["train", *TRAIN, "--encoder", "tiny", "--data", world / "data", "--task", "shapes_open"]

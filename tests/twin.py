@@ -1,8 +1,8 @@
 """A second device, "twin", made of CPU tensors, which holds code without a GPU to a GPU's rules.
 
-An operation that mixes it with the CPU fails as on CUDA, so does one that is not deterministic when that is
-asked for, autocast follows CUDA's lists, and what would make the host wait for the device is counted by the
-function that asks. It has no streams and compiles nothing.
+An operation that mixes it with the CPU fails as on CUDA, so do those in UNSTEADY when deterministic ones are
+asked for, autocast follows CUDA's lists as far as they stand below. What the host waits for, copies and the
+operations in WAITING, is counted by the function that asks. It has no streams and compiles nothing.
 
     python tests/twin.py COMMANDS.json  # in a folder of copies made by `copy`
     python tests/twin.py --memory --task coco_panoptic --encoder dinov2_large
@@ -38,7 +38,8 @@ INSIDE = SimpleNamespace(device=torch.device("cpu"))  # where the numbers are; "
 MOVES = {OPS.copy_.default, OPS._to_copy.default}  # the operations that may know two devices
 INDEXING = {OPS.index.Tensor, OPS.index_put_.default, OPS.index_put.default, OPS._index_put_impl_.default}
 WAITING = {OPS._local_scalar_dense.default, OPS.nonzero.default, OPS._unique2.default, OPS.equal.default,
-           OPS.masked_select.default, OPS.unique_consecutive.default}
+           OPS.masked_select.default, OPS.unique_consecutive.default, OPS.bincount.default,
+           OPS.repeat_interleave.Tensor}
 # torch's documentation of use_deterministic_algorithms: on CUDA these raise then
 UNSTEADY = {getattr(OPS, name).default for name in (
     "grid_sampler_2d_backward", "nll_loss2d_forward", "upsample_bilinear2d_backward", "histc", "put_",
@@ -134,8 +135,8 @@ def call(op, args, kwargs):
         return args[1]
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     twins, others = ([x for x in tensors if isinstance(x, Twin) == flag] for flag in (True, False))
-    index_on_cpu = op in INDEXING and not any(x is args[0] for x in others)  # which torch allows
-    if twins and op not in MOVES and not index_on_cpu and any(x.dim() for x in others):
+    free = {id(x) for x in args[1]} if op in INDEXING else set()  # torch takes an index from the CPU
+    if twins and op not in MOVES and any(x.dim() and id(x) not in free for x in others):
         raise RuntimeError(f"{op}: {NAME} and the CPU, shapes {[tuple(x.shape) for x in tensors]}")
     if op in UNSTEADY and torch.are_deterministic_algorithms_enabled():
         print(f"{op} does not have a deterministic implementation", file=sys.stderr, flush=True)
