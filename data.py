@@ -24,6 +24,7 @@ import math
 import os
 import shutil
 import signal
+import stat
 import struct
 import sys
 import tarfile
@@ -70,8 +71,8 @@ def cache_dir() -> Path:
 
 def cache_file(path: str | Path, key: str, suffix: str) -> Path:
     """Where work on the archive at `path` is kept; another size or mtime of the archive is another file."""
-    stat = os.stat(path)
-    text = f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns} {key}"
+    now = os.stat(path)
+    text = f"{os.path.abspath(path)} {now.st_size} {now.st_mtime_ns} {key}"
     return cache_dir() / (hashlib.blake2b(os.fsencode(text), digest_size=12).hexdigest() + suffix)
 
 
@@ -83,11 +84,10 @@ def write_atomically(target: Path, write) -> None:
             write(file)
         os.replace(temporary, target)
     finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)
 
 
-# ---- Names -------------------------------------------------------------------------------------------------
+# ---- Readers -----------------------------------------------------------------------------------------------
 
 
 def _junk(name):
@@ -97,12 +97,6 @@ def _junk(name):
 
 class _Names:
     """The sorted member names of a reader (`names`, bytes array (n,)) and the look-ups on them."""
-
-    def _set_names(self, names):
-        raw = np.array([os.fsencode(n) for n in names], dtype="S")
-        order = np.argsort(raw, kind="stable")
-        self.names = raw[order]
-        return order
 
     def find(self, names: Iterable[str]) -> np.ndarray:
         """Index of each name, int64 (n,), -1 where there is none."""
@@ -140,7 +134,7 @@ class _Names:
         """Prefix of the folder `wanted` in here, such as "top/wanted/"; None if there is no such folder."""
         inside = np.char.find(np.char.add(b"/", self.names), os.fsencode(f"/{wanted}/"))
         first = np.flatnonzero(inside >= 0)[:1]
-        return None if not len(first) else os.fsdecode(self.names[first[0]])[:inside[first[0]]] + wanted + "/"
+        return None if not len(first) else os.fsdecode(self.names[first[0]][:inside[first[0]]]) + wanted + "/"
 
     def under(self, prefix: str, suffixes: tuple[str, ...]) -> list[str]:
         """Sorted names that start with `prefix` and end with one of `suffixes`, without the prefix."""
@@ -148,7 +142,28 @@ class _Names:
         return [n[len(prefix):] for n in names if n.startswith(prefix) and n.lower().endswith(ends)]
 
 
-# ---- Readers -----------------------------------------------------------------------------------------------
+def _refuse(error):
+    """What may not be read is neither missing nor empty."""
+    what = f"{error.filename}: cannot be read ({error.strerror.lower()})"
+    raise ValueError(f"{what}; check its rights (ls -ld), and the disk") from None
+
+
+def _open(path, flags=os.O_RDONLY):
+    """os.open, also for `open(opener=)`."""
+    try:
+        return os.open(path, flags)
+    except OSError as error:
+        _refuse(error)
+
+
+def _mode(path):
+    """What is at a path, for stat.S_ISREG and S_ISDIR; 0 if nothing is there."""
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    except OSError as error:
+        _refuse(error)
 
 
 class ZipReader(_Names):
@@ -159,13 +174,13 @@ class ZipReader(_Names):
 
     def __init__(self, path: str | Path, start: int = 0, length: int | None = None, label: str = ""):
         self.path, self.label, self.start, self._descriptor = str(path), label or str(path), start, None
-        if not os.path.isfile(path):
+        if not stat.S_ISREG(_mode(path)):
             raise FileNotFoundError(f"{path}: not found; check the path, or download it")
         self.length = os.path.getsize(path) - start if length is None else length
         rows = _tar_rows(self) if self.path.endswith(".tar") else _zip_rows(self)
-        rows = [row for row in rows if not _junk(row[0])]
-        order = self._set_names([row[0] for row in rows])
-        table = np.array([row[1:] for row in rows], np.int64).reshape(-1, 5)[order]  # (n, 5)
+        rows = sorted((os.fsencode(name), *rest) for name, *rest in rows if not _junk(name))
+        self.names = np.array([row[0] for row in rows], dtype="S")
+        table = np.array([row[1:] for row in rows], np.int64).reshape(-1, 5)  # (n, 5)
         self.offset, self.packed, self.size, self.crc = table[:, :4].T.copy()
         self.method = table[:, 4].astype(np.uint8)
 
@@ -175,7 +190,7 @@ class ZipReader(_Names):
     def pread(self, offset: int, count: int) -> bytes:
         """Bytes at `offset`, fewer at the end; moves no file position, so forked processes may share one."""
         if self._descriptor is None:
-            self._descriptor = os.open(self.path, os.O_RDONLY)
+            self._descriptor = _open(self.path)
             weakref.finalize(self, os.close, self._descriptor)
         parts, count = [], min(count, self.length - offset)
         while count > 0 and (part := os.pread(self._descriptor, min(count, 1 << 30), self.start + offset)):
@@ -226,17 +241,12 @@ class ZipReader(_Names):
             if shutil.disk_usage(target.parent).free < self.size[i]:
                 need = f"no room for {self.size[i]} bytes of {self.where(i)}"
                 raise ValueError(f"{target.parent}: {need}; set XDG_CACHE_HOME to a larger disk")
-            write_atomically(target, lambda file: self._inflate(i, file))
+            try:  # a MB at a time; zipfile checks its length and CRC
+                with zipfile.ZipFile(_File(self)) as archive, archive.open(member) as packed:
+                    write_atomically(target, lambda file: shutil.copyfileobj(packed, file, 1 << 20))
+            except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+                raise ValueError(f"{self.where(i)}: damaged ({error}); download the archive again") from None
         return ZipReader(target, label=self.where(i))
-
-    def _inflate(self, i, file):
-        """Unpack one large member into `file`, a MB at a time; zipfile checks its length and CRC."""
-        name = os.fsdecode(self.names[i])
-        try:
-            with zipfile.ZipFile(_File(self)) as archive, archive.open(name) as member:
-                shutil.copyfileobj(member, file, 1 << 20)
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise ValueError(f"{self.where(i)}: damaged ({error}); download the archive again") from None
 
 
 class _File(io.RawIOBase):
@@ -244,9 +254,6 @@ class _File(io.RawIOBase):
 
     def __init__(self, reader):
         self.reader, self.at = reader, 0
-
-    def seekable(self):
-        return True
 
     def seek(self, offset, whence=io.SEEK_SET):
         self.at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.reader.length}[whence]
@@ -287,7 +294,7 @@ def _as_utf8(name):
 
 def _tar_rows(reader):
     try:
-        with tarfile.open(reader.path, "r:") as tar:
+        with tarfile.open(fileobj=_File(reader), mode="r:") as tar:
             files = [m for m in tar if m.isreg()]
     except tarfile.TarError as error:
         raise ValueError(f"{reader.path}: not an uncompressed whole tar ({error}); get it again") from None
@@ -299,14 +306,15 @@ class FolderReader(_Names):
 
     def __init__(self, path: str | Path):
         self.path = self.label = str(path)
-        walk = ((os.path.relpath(folder, path), files) for folder, _, files in os.walk(path))
-        names = [os.path.normpath(os.path.join(folder, f)) for folder, files in walk for f in files]
-        self._set_names([n for n in names if not _junk(n)])
+        walk = os.walk(path, onerror=_refuse)
+        files = (os.path.join(folder, file) for folder, _, files in walk for file in files)
+        names = [file.removeprefix(os.path.join(path, "")) for file in files]
+        self.names = np.array(sorted(os.fsencode(n) for n in names if not _junk(n)), dtype="S")
 
     def read(self, member: str | int, limit: int = IMAGE_LIMIT) -> bytes:
         """Contents of one file (name or index)."""
         i = self.index(member)
-        with open(os.path.join(self.path, os.fsdecode(self.names[i])), "rb") as file:
+        with open(os.path.join(self.path, os.fsdecode(self.names[i])), "rb", opener=_open) as file:
             data = file.read(limit + 1)
         if len(data) > limit:
             raise ValueError(f"{self.where(i)}: over {limit} bytes; not from a data set, drop it")
@@ -326,18 +334,18 @@ def mount(root: str | Path, folders: Sequence[str], archives: Sequence[str] = ()
     `root` is a folder, or one zip that holds them all.
     """
     root = Path(root)
-    if not root.exists():
+    if not _mode(root):
         raise FileNotFoundError(f"{root}: not found; check the path")
     names = [*archives, *(f"{folder}.zip" for folder in folders)]
     files = [root] if root.is_file() else [root / name for name in names]
     for path in files:
-        if path.is_file():
+        if stat.S_ISREG(_mode(path)):
             reader = ZipReader(path)
             inside = [prefix for prefix in map(reader.folder, folders) if prefix is not None]
             if inside or path != root:
                 return reader, inside[0] if inside else ""
     for folder in folders:
-        if (root / folder).is_dir():
+        if stat.S_ISDIR(_mode(root / folder)):
             return FolderReader(root / folder), ""
     wanted = " or ".join([*archives, *(f"{folder}[.zip]" for folder in folders)])
     raise FileNotFoundError(f"{root}: has no {wanted}; download it, or give another folder")
@@ -404,42 +412,42 @@ PAIRS = {
 # ---- Annotation JSON, parsed once into flat arrays ---------------------------------------------------------
 
 
-class Table:
+class Table(dict):
     """Flat arrays of one annotation file, kept in the cache; pickled as a path, spawned workers reload it."""
 
     def __init__(self, path: Path):
         self.path = path
         with np.load(path, allow_pickle=False) as file:
-            self.arrays = dict(file)
-
-    def __getitem__(self, key):
-        return self.arrays[key]
+            super().__init__(file)
 
     def __reduce__(self):
         return Table, (self.path,)
 
 
-def load_table(reader: Reader, member: str, parse) -> Table:
-    """The arrays that `parse(json) -> (arrays, problems)` makes of a member, from the cache if it can."""
+def load_table(reader: Reader, member: str, kind: str) -> Table:
+    """The arrays that one of PARSERS makes of a member, from the cache if it can."""
+    parse, form = PARSERS[kind]
     path = Path(reader.path) / member if isinstance(reader, FolderReader) else reader.path
     where = reader.where(reader.index(member))
-    cached = cache_file(path, f"{member} {parse.__name__} 1", ".npz")  # 1: layout of the arrays
+    cached = cache_file(path, f"{member} {parse.__name__} 2", ".npz")  # 2: what is checked, and the layout
     if not cached.exists():
         data = reader.read(member, JSON_LIMIT)
         try:
             arrays, problems = parse(json.loads(data))
-        except (ValueError, RecursionError) as error:  # not JSON, or an RLE that is none
+        except (ValueError, OverflowError, RecursionError) as error:  # not JSON, or numbers that are none
             raise ValueError(f"{where}: {len(data)} bytes, {str(error)[:99]}; download it again") from None
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{where}: not COCO's form ({error!r}); give a COCO annotation file") from None
+            found = f"no key {error}" if isinstance(error, KeyError) else f"not COCO's form ({error!r})"
+            form = f"images (id, file_name, height, width), categories (id, name), annotations ({form})"
+            raise ValueError(f"{where}: {found}; give COCO's {kind} form: {form}") from None
         arrays["problems"] = np.array([f"{where}: {line}".encode() for line in problems[:1000]], dtype="S")
         write_atomically(cached, lambda file: np.savez(file, **arrays))
     return Table(cached)
 
 
-def _image_arrays(data, problems):
-    """Arrays of the "images" and "categories" lists, and the row of each image id."""
-    images, categories = data["images"], data["categories"]
+def _image_arrays(data):
+    """Arrays of the "images" and "categories" lists, the annotations of each image, and what is wrong."""
+    images, categories, problems = data["images"], data["categories"], []
     for what, entries in (("category", categories), ("image", images)):
         row = {}
         for entry in entries:
@@ -454,45 +462,37 @@ def _image_arrays(data, problems):
         "category_name": np.array([c["name"].encode() for c in categories], dtype="S"),
         "category_thing": np.array([c.get("isthing", 1) for c in categories], bool),
     }
-    return arrays, row
+    lists = [[] for _ in images]
+    for annotation in data["annotations"]:
+        if annotation["image_id"] in row:
+            lists[row[annotation["image_id"]]].append(annotation)
+        else:
+            problems.append(f"image id {annotation['image_id']} is not in images; fix this file")
+    return arrays, lists, problems
 
 
-def _starts(counts):
-    """First row of each group, and the end of the last: int64 (n+1,)."""
-    return np.concatenate(([0], np.cumsum(np.array(counts, np.int64))))
-
-
-def _segment_arrays(lists):
-    """Columns of all segments, in image order; those of image i are rows start[i]:start[i+1]."""
+def _segments(lists, arrays):
+    """All segments, in image order; columns of them, those of image i in rows start[i]:start[i+1]."""
     segments = [segment for one in lists for segment in one]
-    return segments, {
-        "start": _starts([len(one) for one in lists]),
-        "category": np.array([s["category_id"] for s in segments], np.int64),
-        "crowd": np.array([s.get("iscrowd", 0) for s in segments], bool),
-        "area": np.array([float(s["area"]) for s in segments], np.float64),  # of None it makes an error
-    }
+    arrays["start"] = np.cumsum([0, *map(len, lists)])  # (n+1,)
+    arrays["category"] = np.array([s["category_id"] for s in segments], np.int64)
+    arrays["crowd"] = np.array([s.get("iscrowd", 0) for s in segments], bool)
+    arrays["area"] = np.array([float(s["area"]) for s in segments], np.float64)  # of None it makes an error
+    return segments
 
 
 def parse_panoptic(data: dict) -> tuple[dict, list[str]]:
     """COCO panoptic JSON -> arrays, and what is wrong with it."""
-    problems = []
-    arrays, row = _image_arrays(data, problems)
-    image_id, found = arrays["image_id"], {}
-    for annotation in data["annotations"]:
-        i = row.get(annotation["image_id"])
-        if i is None or i in found:
-            what = "is not in images" if i is None else "is annotated twice"
-            problems.append(f"image id {annotation['image_id']} {what}; fix this file")
-        else:
-            found[i] = annotation
-    problems += [f"image id {image_id[i]} has no annotation; fix this file"
-                 for i in range(len(image_id)) if i not in found]
-    found = [found.get(i, {"segments_info": [], "file_name": ""}) for i in range(len(image_id))]
-    segments, columns = _segment_arrays([annotation["segments_info"] for annotation in found])
-    arrays |= columns
+    arrays, lists, problems = _image_arrays(data)
+    for image_id, annotations in zip(arrays["image_id"], lists, strict=True):
+        if len(annotations) != 1:
+            what = "is annotated twice" if annotations else "has no annotation"
+            problems.append(f"image id {image_id} {what}; fix this file")
+    found = [annotations[0] for annotations in lists if annotations]
+    segments = _segments([annotation["segments_info"] for annotation in found], arrays)
     ids = arrays["id"] = np.array([s["id"] for s in segments], np.int64)
     arrays["png_name"] = np.array([annotation["file_name"].encode() for annotation in found], dtype="S")
-    owner = np.repeat(image_id, np.diff(arrays["start"]))
+    owner = np.repeat([annotation["image_id"] for annotation in found], np.diff(arrays["start"]))
     for s in np.flatnonzero((ids < 1) | (ids >= 1 << 24)):
         problems.append(f"segment id {ids[s]} in image id {owner[s]}; ids are 1 to 16777215, fix this file")
     order = np.lexsort((ids, owner))
@@ -504,22 +504,20 @@ def parse_panoptic(data: dict) -> tuple[dict, list[str]]:
 
 def parse_instances(data: dict) -> tuple[dict, list[str]]:
     """COCO instance JSON -> arrays; row s has parts part[s]:part[s+1], each a run of `numbers`."""
-    problems = []
-    arrays, row = _image_arrays(data, problems)
-    lists = [[] for _ in arrays["image_id"]]
-    for annotation in data["annotations"]:
-        if annotation["image_id"] in row:
-            lists[row[annotation["image_id"]]].append(annotation)
-        else:
-            problems.append(f"image id {annotation['image_id']} is not in images; fix this file")
-    segments, columns = _segment_arrays(lists)
-    arrays |= columns
-    outlines = [s["segmentation"] for s in segments]
-    arrays["is_rle"] = np.array([isinstance(outline, dict) for outline in outlines], bool)
-    outlines = [[_counts(outline)] if isinstance(outline, dict) else outline for outline in outlines]
-    arrays["part"] = _starts([len(outline) for outline in outlines])
-    arrays["number"] = _starts([len(part) for outline in outlines for part in outline])
-    numbers = np.array([x for outline in outlines for part in outline for x in part], np.float64)
+    arrays, lists, problems = _image_arrays(data)
+    segments = _segments(lists, arrays)
+    arrays["is_rle"] = np.array([isinstance(s["segmentation"], dict) for s in segments], bool)
+    outlines = []
+    for image_id, hw, one in zip(arrays["image_id"], arrays["hw"].tolist(), lists, strict=True):
+        for number, segment in enumerate(one, 1):
+            try:
+                outlines.append(_parts(segment["segmentation"], hw))
+            except ValueError as error:
+                outlines.append([])
+                problems.append(f"image id {image_id}, number {number} of its annotations: {error}")
+    parts = [part for outline in outlines for part in outline]
+    arrays["part"], arrays["number"] = np.cumsum([0, *map(len, outlines)]), np.cumsum([0, *map(len, parts)])
+    numbers = np.array([x for part in parts for x in part], np.float64)
     # annotations have two decimals: hundredths in int32 take half the room and give the same doubles back
     hundredths = np.round(numbers * 100)
     exact = np.abs(hundredths).max(initial=0) < 2**31 and (hundredths / 100 == numbers).all()
@@ -527,12 +525,22 @@ def parse_instances(data: dict) -> tuple[dict, list[str]]:
     return arrays, problems
 
 
-def _counts(rle):
-    """Uncompressed counts of a COCO RLE."""
+def _parts(outline, hw):
+    """The polygons of an outline, or the uncompressed counts of its RLE as the only part."""
+    if not isinstance(outline, dict):
+        return outline
     from metrics import rle_counts, rle_decode
 
-    return rle["counts"] if isinstance(rle["counts"], list) else rle_counts(rle_decode(rle))
+    size, counts = outline.get("size", hw), outline["counts"]
+    if size != hw:
+        raise ValueError(f"RLE of size {size}, its image has {hw}; fix this file, or get the matching pair")
+    return [counts if isinstance(counts, list) else rle_counts(rle_decode({"size": hw, "counts": counts}))]
 
+
+PARSERS = {  # and what they read of an annotation
+    "panoptic": (parse_panoptic, "image_id, file_name, segments_info (id, category_id, area)"),
+    "instances": (parse_instances, "image_id, category_id, area, segmentation"),
+}
 
 # ---- Ground truth of one image -----------------------------------------------------------------------------
 
@@ -594,6 +602,7 @@ def _target(ids, layer, value, labels, crowd, area):
 
 def open_picture(data: bytes, where: str, shrink: int = 1) -> Image.Image:
     """A decoded picture of 8 bits a channel; `where` starts the message if it cannot be decoded.
+
     A JPEG is decoded at 1/shrink (1, 2, 4 or 8) of its sides; `info["size"]` keeps their true lengths.
     """
     try:
@@ -614,21 +623,12 @@ def open_picture(data: bytes, where: str, shrink: int = 1) -> Image.Image:
     return picture
 
 
-def label_map(data: bytes, where: str) -> np.ndarray:
-    """Class map uint8 (H,W) of a grey or palette PNG."""
-    picture = open_picture(data, where)
-    if picture.mode not in ("L", "P"):
-        raise ValueError(f"{where}: mode {picture.mode}, wanted L or P (a class index a pixel); convert it")
-    return np.asarray(picture)  # (H, W)
-
-
 def id_map(data: bytes, where: str) -> np.ndarray:
     """Ids uint32 (H,W) = R + 256 G + 65536 B of a panoptic PNG, in the lower 24 of the bits."""
     picture = open_picture(data, where)
     if picture.mode != "RGB":
         raise ValueError(f"{where}: mode {picture.mode}, wanted RGB (id = R + 256 G + 65536 B); convert it")
-    width, height = picture.size
-    return np.frombuffer(picture.tobytes("raw", "RGBX"), "<u4").reshape(height, width)  # (H, W)
+    return np.frombuffer(picture.tobytes("raw", "RGBX"), "<u4").reshape(picture.size[::-1])  # (H, W)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -642,13 +642,18 @@ def coco_table(root: str | Path, kind: str, split: str) -> tuple[Table, Reader, 
     reader, prefix = mount(root, ["annotations"], [f"panoptic_{archive}" if kind == "panoptic" else archive])
     stems = [f"{prefix}{kind}_{split}2017", f"{prefix}{kind}_{split}"]
     stem = next((s for s in stems if reader.find([f"{s}.json"])[0] >= 0), stems[0])
-    parse = parse_panoptic if kind == "panoptic" else parse_instances
-    return load_table(reader, f"{stem}.json", parse), reader, stem
+    reader.index(f"{stem}.json")
+    if kind == "instances":
+        try:
+            import metrics  # noqa: F401
+        except ImportError:
+            raise ValueError(f"{__file__}: instances need metrics.py; copy it beside this file") from None
+    return load_table(reader, f"{stem}.json", kind), reader, stem
 
 
 class _Coco:
-    def __init__(self, root, task, split, kind):
-        self.table, self.reader, self.stem = coco_table(root, kind, split)
+    def __init__(self, root, task, split):
+        self.table, self.reader, self.stem = coco_table(root, self.kind, split)
         self.problems = [line.decode() for line in self.table["problems"]]
         self.image_ids, self.hw, self.names = (self.table[k] for k in ("image_id", "hw", "image_name"))
         self.images, prefix = mount(root, [f"{split}2017", f"images/{split}2017", f"images/{split}", split])
@@ -674,14 +679,16 @@ class _Coco:
 class CocoPanoptic(_Coco):
     """Panoptic JSON beside a (nested) zip or folder of id PNGs."""
 
+    kind = "panoptic"
+
     def __init__(self, root, task, split):
-        super().__init__(root, task, split, "panoptic")
+        super().__init__(root, task, split)
         self.pngs, prefix = self.reader, f"{self.stem}/"
         if self.reader.find([f"{self.stem}.zip"])[0] >= 0:
             self.pngs = self.reader.nested(f"{self.stem}.zip")
             prefix = self.pngs.folder(self.stem.rsplit("/", 1)[-1]) or ""
-        names = self.table["png_name"]
-        self.png_members = self.pngs.locate([prefix + n.decode() for n in names if n], self.problems)
+        names = [prefix + n.decode() for n in self.table["png_name"]]
+        self.png_members = self.pngs.locate(names, self.problems)
 
     def target(self, i: int, crowd: bool) -> Target:
         rows = np.arange(*self.table["start"][i:i + 2])
@@ -702,25 +709,17 @@ class CocoPanoptic(_Coco):
             for s in np.flatnonzero((pixels == 0) & (self.table["area"][rows] > 0)):
                 raise ValueError(f"{where}: id {ids[s + 1]} of its JSON has no pixels; get the matching pair")
         keep = np.append(False, crowd | ~self.table["crowd"][rows])
-        index = np.where(keep[index], index, 0).astype(np.uint8 if len(rows) < 256 else np.int32)
+        layer, value = np.divmod(np.where(keep[index], index, 0) - 1, 255)  # (R,), (R,); void is in layer -1
+        runs = [np.where(layer == k, value + 1, 0) for k in range(max(1, math.ceil(len(rows) / 255)))]
+        maps = np.array(runs, np.uint8).repeat(length, 1).reshape(-1, *png.shape)  # (L, H, W)
         t = np.flatnonzero(keep) - 1
-        layers = _layers(np.repeat(index, length).reshape(png.shape), len(rows))
-        return _target(layers, t // 255, t % 255 + 1, *self._columns(rows[t]))
-
-
-def _layers(index, count):
-    """Map of 0 and 1..count (H,W) -> uint8 layers (L,H,W) of 255 values each."""
-    if count <= 255:
-        return index.astype(np.uint8, copy=False)[None]  # (1, H, W)
-    layer, value = np.divmod(index - 1, 255)  # (H, W); nothing (0) is in layer -1
-    return np.stack([np.where(layer == k, value + 1, 0) for k in range((count + 254) // 255)])  # (L, H, W)
+        return _target(maps, t // 255, t % 255 + 1, *self._columns(rows[t]))
 
 
 class CocoInstance(_Coco):
     """Instance JSON with polygons or RLE; instances may overlap."""
 
-    def __init__(self, root, task, split):
-        super().__init__(root, task, split, "instances")
+    kind = "instances"
 
     def target(self, i: int, crowd: bool) -> Target:
         rows = np.arange(*self.table["start"][i:i + 2])
@@ -731,15 +730,16 @@ class CocoInstance(_Coco):
                 mask[:] = self._mask(s, *mask.shape)
             except ValueError as error:
                 where = f"{self.reader.label}!{self.stem}.json: image id {self.image_ids[i]}"
-                raise ValueError(f"{where}, number {s - rows[0] + 1} of its annotations: {error}") from None
+                number = s - self.table["start"][i] + 1
+                raise ValueError(f"{where}, number {number} of its annotations: {error}") from None
         return Target.from_masks(masks, *self._columns(rows))
 
     def _mask(self, s, height, width):
         from metrics import polygons_to_mask, rle_decode
 
         edges = self.table["number"][self.table["part"][s]:self.table["part"][s + 1] + 1]
-        numbers = self.table["numbers"][edges[0]:edges[-1]] / self.table["unit"]
-        parts = np.split(numbers, edges[1:-1] - edges[0]) if len(edges) > 1 else []
+        numbers, unit = self.table["numbers"], self.table["unit"]
+        parts = [numbers[start:end] / unit for start, end in itertools.pairwise(edges)]
         if self.table["is_rle"][s]:
             return rle_decode({"size": [height, width], "counts": parts[0].astype(np.int64)})
         return polygons_to_mask(parts, height, width)
@@ -772,7 +772,11 @@ class LabelPairs:
     def _classes(self, i):
         """Class index + 1, 0 = ignored: uint8 (H,W)."""
         where = self.masks.where(self.mask_members[i])
-        values = label_map(self.masks.read(self.mask_members[i]), where)  # (H, W)
+        picture = open_picture(self.masks.read(self.mask_members[i]), where)
+        if picture.mode not in ("L", "P"):
+            wanted = "wanted L or P (a class index a pixel)"
+            raise ValueError(f"{where}: mode {picture.mode}, {wanted}; convert it")
+        values = np.asarray(picture)  # (H, W)
         present = np.flatnonzero(np.bincount(values.ravel(), minlength=256))
         for value in present[self.slot[present] < 0]:
             raise ValueError(f"{where}: value {value} is not in the class table; see --task or classes.txt")
@@ -835,18 +839,18 @@ SOURCES = {"coco_panoptic": CocoPanoptic, "coco_instance": CocoInstance, "ade20k
 
 def detect(root: str | Path) -> Task:
     """The task whose files lie in `root`; own data in COCO's layout, or images/ masks/ classes.txt, too."""
-    if not Path(root).exists():
+    if not _mode(Path(root)):
         raise FileNotFoundError(f"{root}: not found; check the path")
     task = _coco_task(root, "panoptic", "coco_panoptic") or _coco_task(root, "instances", "coco_instance")
     if task or (task := _labels_task(root)):
         return task
-    for name in ("ade20k_panoptic", "ade20k_semantic", "cityscapes_semantic"):
-        for split in ("val", "train"):
-            try:
-                SOURCES[TASKS[name].layout](root, TASKS[name], split)
-            except FileNotFoundError:
-                continue
-            return TASKS[name]
+    known = [TASKS[name] for name in ("ade20k_panoptic", "ade20k_semantic", "cityscapes_semantic")]
+    for task, split in itertools.product(known, ("val", "train")):
+        try:
+            SOURCES[task.layout](root, task, split)
+        except FileNotFoundError:
+            continue
+        return task
     wanted = "archives of COCO, ADE20K or Cityscapes, or images/ masks/ classes.txt"
     raise FileNotFoundError(f"{root or '--data'}: no known layout; give a folder with {wanted}")
 
@@ -871,8 +875,9 @@ def _coco_task(root, kind, layout):
 def _labels_task(root):
     """The task of classes.txt: line n (from 0) names pixel value n, 255 is ignored."""
     path, data = Path(root) / "classes.txt", None
-    if path.exists():
-        data = path.read_bytes()
+    if _mode(path):
+        with open(path, "rb", opener=_open) as file:
+            data = file.read()
     elif Path(root).is_file():
         reader = ZipReader(root)
         for name in reader.under("", ("classes.txt",)):
@@ -880,14 +885,7 @@ def _labels_task(root):
                 data = reader.read(name)
     if data is None:
         return None
-    text = data.decode("utf-8-sig", errors="replace").rstrip()
-    names = [line.strip() for line in text.splitlines()]
-    for n in [n for n, name in enumerate(names) if not name or name in names[:n]][:1]:
-        fault = "a name again" if names[n] else "blank"
-        raise ValueError(f"{root}!classes.txt: line {n + 1} is {fault}; the first line names value 0")
-    if not 0 < len(names) < 255:
-        raise ValueError(f"{root}!classes.txt: {len(names)} names; give 1 to 254, one a line")
-    own = Vocabulary("own", names, range(len(names)), [False] * len(names))
+    own = vocab.parse_classes(data.decode("utf-8-sig", errors="replace"), f"{root}!classes.txt")
     return replace(TASKS["ade20k_semantic"], name="own_semantic", layout="own_semantic", vocabulary=own)
 
 
@@ -990,11 +988,6 @@ class Augment:
     size: int
     scale: tuple[float, float] = (0.1, 2.0)
     color_jitter: bool = False
-
-    def __call__(self, picture: Image.Image, target: Target, rng: np.random.Generator):
-        """RGB picture of any size and its target -> Tensor uint8 (3,S,S) and the Target of the crop."""
-        window, target = self.place(target, rng)
-        return torch.from_numpy(self.cut_picture(window, picture, rng)), target
 
     def place(self, target: Target, rng: np.random.Generator) -> tuple[Window, Target]:
         """A random window, the last of ten or the first with a segment in it, and the Target of its crop."""
@@ -1123,7 +1116,7 @@ class SegmentDataset(torch.utils.data.Dataset):
             try:
                 return self._load((index + step) % len(self), rng)._replace(faults=faults)
             except (ValueError, OSError) as error:
-                faults.append(str(error))
+                faults.append(one_line(error))
         raise ValueError(f"{faults[0]} (and the {len(faults) - 1} images after it)")
 
     def _load(self, index, rng=None):
@@ -1165,6 +1158,7 @@ class Batch:
 
 def pack(samples: Sequence[Sample]) -> tuple:
     """Samples -> the form that leaves a worker: few tensors, as each costs a file descriptor, often of 1024.
+
     Pixels uint8 (bytes,): images, then id maps; numbers float64 (T_all, 5): layer, value, label, crowd, area;
     the shapes of the pixels; T of each sample; (name, image_id, faults) of each sample.
     """
@@ -1220,16 +1214,14 @@ def staged(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
 
 def positions(n: int, batch_size: int, seed: int, step: int) -> list[tuple[int, int, int]]:
     """Keys (epoch, index, seed) of one global step; every epoch is a permutation f(seed, epoch).
+
     The remainder of an epoch is dropped if n >= batch_size; smaller sets run on through their permutations.
     """
-    def order(epoch):
-        return np.random.default_rng((seed, epoch)).permutation(n)
-
-    if n >= batch_size:
-        epoch, at = divmod(step, n // batch_size)
-        return [(epoch, int(i), seed) for i in order(epoch)[at * batch_size:(at + 1) * batch_size]]
-    places = [divmod(p, n) for p in range(step * batch_size, (step + 1) * batch_size)]
-    return [(epoch, int(order(epoch)[at]), seed) for epoch, at in places]
+    length = n - n % batch_size or n  # of an epoch
+    places = [divmod(p, length) for p in range(step * batch_size, (step + 1) * batch_size)]
+    epochs = {epoch for epoch, _ in places}
+    order = {epoch: np.random.default_rng((seed, epoch)).permutation(n) for epoch in epochs}
+    return [(epoch, int(order[epoch][at]), seed) for epoch, at in places]
 
 
 def one_line(error: BaseException) -> str:
@@ -1242,6 +1234,13 @@ def one_line(error: BaseException) -> str:
     if text.startswith("DataLoader worker"):
         text = f"a data worker died ({text}); use fewer --workers, or more memory"
     return text
+
+
+class Arguments(argparse.ArgumentParser):
+    """A command line whose mistakes are a ValueError: one line from `command`, with exit code 1."""
+
+    def error(self, message):
+        raise ValueError(f"{message}; --help lists the options")
 
 
 def command(work, argv: Sequence[str]):
@@ -1321,8 +1320,7 @@ def eval_loader(dataset: SegmentDataset, rank: int = 0, world: int = 1, workers:
     return map(unpack, _alive(batches))
 
 
-# ----------------------------------------------------------------------------------------------------
-# The procedural world: things (colour x shape) over stuff (ground x pattern), written as official COCO zips
+# ---- The procedural world: things (colour x shape) over stuff (ground x pattern), as official COCO zips ----
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 80, 230), "yellow": (235, 220, 50),
            "white": (245, 245, 245), "gray": (105, 105, 105), "brown": (125, 80, 35), "teal": (20, 110, 110)}
@@ -1333,24 +1331,15 @@ def _outline(shape, radius, angle):
     if shape in ("disc", "ring"):
         turn = np.arange(24) * 2 * np.pi / 24
         return radius * np.stack([np.cos(turn), np.sin(turn)], 1)  # (24, 2)
-    if shape == "cross":  # an x: one arm, turned four times
-        arm, angle = np.array([(1.0, 1), (1, 3.5), (-1, 3.5)]) / 3, angle + np.pi / 4
-        quarter = np.array([[0, 1], [-1, 0]])
-        corners = np.concatenate([arm @ np.linalg.matrix_power(quarter, k) for k in range(4)])  # (12, 2)
+    if shape == "cross":  # an x
+        angle += np.pi / 4
+        corners = np.array([(1, 1), (1, 3.5), (-1, 3.5), (-1, 1), (-3.5, 1), (-3.5, -1), (-1, -1), (-1, -3.5),
+                            (1, -3.5), (1, -1), (3.5, -1), (3.5, 1)]) / 3  # (12, 2)
     else:
         wide, tall = (1.3, 0.45) if shape == "bar" else (0.45, 1.3)
         corners = np.array([(wide, tall), (-wide, tall), (-wide, -tall), (wide, -tall)])  # (4, 2)
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     return radius * corners @ turn  # (P, 2)
-
-
-def _dark(pattern, x, y):
-    """Where a stuff pattern is dark: bool (H,W)."""
-    if pattern == "stripes":
-        return x % 6 < 3
-    if pattern == "dots":
-        return (x % 6 - 2.5) ** 2 + (y % 6 - 2.5) ** 2 < 3.5
-    return (y % 6 == 0) | ((x + y // 6 * 4) % 8 == 0)  # bricks
 
 
 def _thing_mask(shape, size, scale, rng):
@@ -1378,7 +1367,9 @@ def draw_scene(rng: np.random.Generator, vocabulary: Vocabulary, allowed: Sequen
     for k in rng.choice(stuff, 2, replace=False):
         colour, pattern = vocabulary.names[k].split()
         u, v = (x + rng.integers(8), y + rng.integers(8))[::rng.choice((1, -1))]
-        shade = np.where(_dark(pattern, u, v), 0.45, 1.1)[..., None]  # (H, W, 1)
+        dark = {"stripes": u % 6 < 3, "dots": (u % 6 - 2.5) ** 2 + (v % 6 - 2.5) ** 2 < 3.5,
+                "bricks": (v % 6 == 0) | ((u + v // 6 * 4) % 8 == 0)}[pattern]  # (H, W)
+        shade = np.where(dark, 0.45, 1.1)[..., None]  # (H, W, 1)
         segments.append((int(k), 0))
         image = np.where((index == len(segments))[..., None], np.array(COLOURS[colour]) * shade, image)
     for _ in range(rng.integers(1, things + 1)):
@@ -1444,6 +1435,7 @@ def _write_split(root, split, count, vocabulary, allowed, rng, size):
 def write_shapes(root: str | Path, vocabulary: Vocabulary, train: int = 2000, val: int = 200, seed: int = 0,
                  train_classes: Sequence[int] | None = None, size: int = 64) -> None:
     """Write the world's four official zips into `root`; training images show only `train_classes`, if given.
+
     Names in `vocabulary` are a colour and a shape or pattern: "red disc", "gray stripes".
     """
     root, every = Path(root), range(len(vocabulary.names))
@@ -1471,12 +1463,12 @@ def check(root: str | Path, task: Task | str = "auto", split: str = "val", decod
             return problems
         dataset = SegmentDataset(root, task, split)
     except (ValueError, OSError) as error:
-        return [str(error)]
+        return [one_line(error)]
     for index in range(len(dataset)):
         try:
             dataset[index]
         except (ValueError, OSError) as error:
-            problems.append(str(error))
+            problems.append(one_line(error))
     return problems
 
 
@@ -1505,17 +1497,25 @@ def grid(dataset: SegmentDataset, count: int = 8, height: int = 200) -> Image.Im
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description="Check a data folder, draw some of it.", allow_abbrev=False)
+    parser = Arguments(description="Check a data folder, draw some of it.", allow_abbrev=False)
     parser.add_argument("path", help="folder (or zip) that holds the data")
     parser.add_argument("--task", default="auto", help=f"auto, {', '.join(TASKS)}")
     parser.add_argument("--split", default="train,val", help="splits to check, with a comma")
     parser.add_argument("--decode", action="store_true", help="also decode every image and mask")
     parser.add_argument("--out", default="data_check.png", help="picture to write")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
+    splits, out = args.split.split(","), Path(args.out)
+    if not {"train", "val"}.issuperset(splits):
+        raise ValueError(f"--split {args.split}: unknown; give train, val or train,val")
+    if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
+        raise ValueError(f"--out {out}: no folder to write in; make it (mkdir -p), or give another path")
+    if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"--out {out}: not the name of a picture; end it in .png or .jpg")
     task = find_task(args.path, args.task)
     print(f"{args.path}: {task.name}, {task.kind}, {len(task.vocabulary.names)} classes")
     page, wrong = None, 0
-    for split in args.split.split(","):
+    for split in splits:
         wrong += len(problems := check(args.path, task, split, args.decode))
         sys.stderr.writelines(f"error: {line}\n" for line in problems)
         if not problems:

@@ -499,6 +499,21 @@ def parse_prompts(text, source="prompts"):
     return Vocabulary(source, [words[0] for words in synonyms], range(1, len(synonyms) + 1), thing, synonyms)
 
 
+def parse_classes(text, source="classes.txt"):
+    """Reads a list of classes, one a line, into a Vocabulary of stuff; the first line has the id 0.
+
+    ValueError: a blank line, a name twice, no name, or more than the 254 that a byte counts beside 255.
+    """
+    names = [line.strip() for line in text.rstrip().splitlines()]
+    if not 0 < len(names) < 255:
+        raise ValueError(f"{source}: {len(names)} names; give 1 to 254, one a line")
+    for n, name in enumerate(names):
+        if not name or name in names[:n]:
+            fault = "a name again" if name else "blank"
+            raise ValueError(f"{source}: line {n + 1} is {fault}; the first line names value 0")
+    return Vocabulary("own", names, range(len(names)), [False] * len(names))
+
+
 # ---------------------------------------------------------------- seen and unseen classes
 _COCO = ("coco_panoptic", "coco_instance")
 # Name: the vocabularies it is made for, the unseen classes, the classes that are neither seen nor unseen.

@@ -271,6 +271,12 @@ def slow_augment(window, picture, masks, size):
     return place(picture), np.stack([place(Image.fromarray(m.astype(np.uint8))) > 0 for m in masks])
 
 
+def augmented(augment, picture, target, rng):
+    """Uint8 (3,S,S) and the Target of a crop, drawn as the data set does it."""
+    window, target = augment.place(target, rng)
+    return augment.cut_picture(window, picture, rng), target
+
+
 @pytest.mark.parametrize("height,width", [(48, 64), (64, 48), (100, 37), (333, 500)])
 def test_augment_equals_resizing_everything_mask_by_mask(height, width):
     picture, target = scene(height, width)
@@ -315,9 +321,9 @@ def test_augment_draws_the_published_distribution():
 
 def test_augment_keeps_only_segments_in_the_crop():
     picture, target = scene(300, 300)
-    image, cut = Augment(32, (4.0, 6.0))(picture, target, np.random.default_rng(0))
+    image, cut = augmented(Augment(32, (4.0, 6.0)), picture, target, np.random.default_rng(0))
     assert 0 < len(cut.labels) < len(target.labels)
-    assert image.shape == (3, 32, 32) and image.dtype == torch.uint8 and cut.ids.shape[1:] == (32, 32)
+    assert image.shape == (3, 32, 32) and image.dtype == np.uint8 and cut.ids.shape[1:] == (32, 32)
     assert cut.masks().flatten(1).any(1).all()
     assert cut.area.tolist() == target.area[cut.labels].tolist()  # areas are the annotation's, not the crop's
 
@@ -329,13 +335,13 @@ def test_augment_draws_again_when_nothing_is_left_but_at_most_ten_times(monkeypa
     monkeypatch.setattr(Augment, "draw", lambda *a: draws.append(1) or draw(*a))
     tiny, empty = Target.from_masks(masks, [3]), Target.from_masks(masks[:0], [])
     picture, augment = Image.new("RGB", (200, 200)), Augment(32, (6.0, 6.0))
-    found = [len(augment(picture, tiny, np.random.default_rng(s))[1].labels) for s in range(60)]
+    found = [len(augmented(augment, picture, tiny, np.random.default_rng(s))[1].labels) for s in range(60)]
     once = np.mean(
         [augment.cut_ids(draw(augment, 200, 200, np.random.default_rng(s)), tiny)[1].any() for s in range(60)]
     )
     assert once < 0.3 and np.mean(found) > 2 * once
     draws.clear()
-    image, target = augment(picture, empty, np.random.default_rng(0))
+    image, target = augmented(augment, picture, empty, np.random.default_rng(0))
     assert len(draws) == 10 and len(target.labels) == 0 and image.shape == (3, 32, 32)
 
 
@@ -343,18 +349,20 @@ def test_augment_draws_again_when_nothing_is_left_but_at_most_ten_times(monkeypa
 def test_augment_takes_pictures_of_one_pixel(height, width):
     target = Target.from_masks(np.ones((1, height, width), bool), [0])
     for seed in range(20):
-        image, cut = Augment(64)(
-            Image.new("RGB", (width, height), "white"), target, np.random.default_rng(seed)
-        )
+        picture = Image.new("RGB", (width, height), "white")
+        image, cut = augmented(Augment(64), picture, target, np.random.default_rng(seed))
         assert image.shape == (3, 64, 64) and len(cut.labels) == 1
 
 
 def test_jitter_is_off_by_default_and_bounded():
     picture, target = scene(40, 40)
-    plain = [Augment(40, (1, 1))(picture, target, np.random.default_rng(s))[0] for s in range(12)]
-    assert all(torch.equal(p, plain[0]) or torch.equal(p, plain[0].flip(-1)) for p in plain)
-    loud = [Augment(40, (1, 1), True)(picture, target, np.random.default_rng(s))[0] for s in range(40)]
-    assert len({p.numpy().tobytes() for p in loud}) > 25
+
+    def crop(seed, jitter):
+        return augmented(Augment(40, (1, 1), jitter), picture, target, np.random.default_rng(seed))[0]
+
+    plain = [crop(s, False) for s in range(12)]
+    assert all(np.array_equal(p, plain[0]) or np.array_equal(p, plain[0][..., ::-1]) for p in plain)
+    assert len({crop(s, True).tobytes() for s in range(40)}) > 25
     grey = Image.new("RGB", (8, 8), (100, 100, 100))
 
     def jitter(picture, seed):
@@ -478,7 +486,8 @@ def test_hundred_megapixels_in_bounded_memory(tmp_path):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     picture = data.open_picture(png(np.zeros((10000, 10000))), "x!y")
     target = Target.from_masks(np.ones((1, 10000, 10000), bool), [0])
-    Augment(64)(data.oriented(picture, (10000, 10000), "x!y"), target, np.random.default_rng(0))
+    picture = data.oriented(picture, (10000, 10000), "x!y")
+    augmented(Augment(64), picture, target, np.random.default_rng(0))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_800_000  # KiB
 
 

@@ -1,6 +1,7 @@
 """The fault table of the data: what is said, in which form, and who goes on; made in a small real COCO."""
 
 # SPDX-License-Identifier: MIT
+import contextlib
 import io
 import json
 import multiprocessing
@@ -11,6 +12,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import warnings
 import zipfile
 from pathlib import Path
@@ -23,6 +25,7 @@ from PIL import Image
 import data
 import vocab
 from data import Augment, FolderReader, SegmentDataset, ZipReader
+from metrics import rle_encode
 
 ROOT = Path(__file__).resolve().parents[1]
 LINE = re.compile(r"^[^!\n]+(![^\n]+?)?: [^\n]+; [^\n]+$")  # <file>!<member>: <what is wrong>; <what to do>
@@ -664,3 +667,224 @@ def test_turned_jpeg_is_decoded_whole(tag, size):
 def test_class_name_twice(tmp_path):
     (tmp_path / "classes.txt").write_text("sky\nroad\nsky\n")
     error_of(lambda: data.detect(tmp_path), "classes.txt: line 3 is a name again")
+
+
+# ----------------------------------------------------------------------------------------------------
+# Outlines, rights, keys, a file copied alone, wrong arguments
+
+INSTANCES = "annotations_trainval2017.zip!annotations/instances_val2017.json"
+
+
+def two_pictures(root, notes, kinds=vocab.SHAPES, sides=(10, 12)):
+    """An instance set whose first picture (10,12) has the annotations `notes`."""
+    common = {"category_id": 1, "area": 4, "iscrowd": 0}
+    table = {
+        "images": [{"id": k, "file_name": f"{k}.png", "height": sides[0], "width": sides[1]} for k in (3, 4)],
+        "annotations": [{**common, "image_id": 3, **note} for note in notes],
+        "categories": [{"id": i, "name": n} for i, n in zip(kinds.ids, kinds.names, strict=True)],
+    }
+    members = {"annotations/instances_val2017.json": json.dumps(table)}
+    photos = {f"val2017/{k}.png": encode(np.zeros((*sides, 3), np.uint8)) for k in (3, 4)}
+    for name, content in (("annotations_trainval2017.zip", members), ("val2017.zip", photos)):
+        with zipfile.ZipFile(root / name, "w") as file:
+            for member, data_ in content.items():
+                file.writestr(member, data_)
+    return data.replace(data.TASKS["coco_instance"], vocabulary=kinds)
+
+
+SQUARE = [[1, 1, 5, 1, 5, 4, 1, 4]]
+TURNED = rle_encode(np.pad(np.ones((2, 3), bool), ((2, 8), (1, 6))))  # of 12 x 10 pixels, not 10 x 12
+
+
+@pytest.mark.parametrize(
+    "outline,word",
+    [
+        ({"size": [12, 10], "counts": [30, 20, 70]}, "RLE of size [12, 10], its image has [10, 12]; "),
+        ({"size": [12, 10], "counts": TURNED["counts"]}, "RLE of size [12, 10], its image has [10, 12]; "),
+        ({"size": [5, 6], "counts": [10, 20]}, "RLE of size [5, 6], its image has [10, 12]; "),
+        ({"size": 120, "counts": [30, 20, 70]}, "RLE of size 120, its image has [10, 12]; "),
+        ({"size": [10, 12], "counts": TURNED["counts"][:-1]}, "RLE"),
+    ],
+)
+def test_rle_of_another_size_is_refused(tmp_path, outline, word):
+    """A mask of as many pixels would be read in other columns, without a sign of it."""
+    task = two_pictures(tmp_path, [{"segmentation": SQUARE}, {"segmentation": outline}])
+    where = f"{tmp_path}/{INSTANCES}: image id 3, number 2 of its annotations: "
+    problems = data.check(tmp_path, task, "val")
+    assert len(problems) == 1 and problems[0].startswith(where + word) and LINE.match(problems[0]), problems
+    error_of(lambda: SegmentDataset(tmp_path, task, "val"), where)
+
+
+def test_rle_may_leave_its_size_out(tmp_path):
+    counts = rle_encode(np.pad(np.ones((2, 3), bool), ((1, 7), (2, 7))))["counts"]
+    notes = [{"segmentation": {"counts": c}} for c in (counts, [21, 2, 8, 2, 8, 2, 77])]
+    task = two_pictures(tmp_path, [{"segmentation": SQUARE, "iscrowd": 1}, *notes])
+    _, first, second = SegmentDataset(tmp_path, task, "val")[0].target.masks()
+    assert torch.equal(first, second) and first.sum() == 6
+
+
+def test_number_of_an_annotation_behind_a_crowd(tmp_path):
+    """Training leaves crowds out; the line still counts them."""
+    notes = [{"segmentation": SQUARE, "iscrowd": 1}, {"segmentation": [[1, 1, 2, 2]]}]
+    source = SegmentDataset(tmp_path, two_pictures(tmp_path, notes), "val").source
+    for crowd in (True, False):
+        error_of(lambda crowd=crowd: source.target(0, crowd), "image id 3, number 2 of its annotations: ")
+
+
+@contextlib.contextmanager
+def closed(path, mode):
+    """`path` with other rights, for a user whom they bind: root is nobody for a while."""
+    root, before = os.geteuid() == 0, path.stat().st_mode
+    path.chmod(mode)
+    try:
+        if root:
+            os.seteuid(65534)
+        yield
+    except PermissionError as error:
+        raise AssertionError(f"{error}: not a line of ours") from error
+    finally:
+        if root:
+            os.seteuid(0)
+        path.chmod(before)
+
+
+@pytest.fixture
+def open_folder():
+    """A folder that everyone may read; pytest's own is closed to others."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o311, 0o644])
+@pytest.mark.parametrize("part", ["", "images", "images/val", "val2017.zip", "classes.txt", "one.tar"])
+def test_what_may_not_be_read_is_not_missing(open_folder, part, mode):
+    for name in ("images/val", "masks/val"):
+        (open_folder / name).mkdir(parents=True)
+    own(open_folder, encode(np.zeros((4, 4), np.uint8)))
+    path = open_folder / part
+    if path.suffix in (".zip", ".tar"):
+        path.write_bytes(b"PK\5\6" + bytes(18) if path.suffix == ".zip" else bytes(10240))
+    if path.suffix and mode != 0:
+        pytest.skip("the same for a file")
+    words = "cannot be read (permission denied); "
+    assert data.check(open_folder, "auto", "val", decode=True) == []
+    with closed(path, mode):
+        if path.suffix in (".zip", ".tar"):
+            error_of(lambda: ZipReader(path), f"{path}: {words}")
+            error_of(lambda: FolderReader(open_folder).read(part), f"{path}: {words}")
+            return
+        if part in ("", "images") and mode == 0o311:
+            return  # it may be gone through, which is enough
+        for work in (data.detect, lambda root: SegmentDataset(root, "auto", "val")[0]):
+            if work is not data.detect or part in ("", "classes.txt"):
+                error_of(lambda work=work: work(open_folder), str(path), words)
+        (line,) = data.check(open_folder, "auto", "val", decode=True)
+        assert line.startswith(str(path)) and words in line and LINE.match(line), line
+
+
+def test_root_behind_a_closed_folder(open_folder):
+    (open_folder / "a" / "b").mkdir(parents=True)
+    with closed(open_folder / "a", 0o000):
+        for work in (data.detect, lambda root: data.mount(root, ["images"])):
+            error_of(lambda work=work: work(open_folder / "a" / "b"), f"{open_folder}/a/b: cannot be read ")
+
+
+def spoil(path, member, change):
+    def apply(content):
+        table = json.loads(content)
+        change(table)
+        return json.dumps(table).encode()
+
+    edit(path, {member: apply})
+
+
+@pytest.mark.parametrize(
+    "kind,change,key",
+    [
+        ("panoptic", lambda t: t.pop("categories"), "categories"),
+        ("panoptic", lambda t: t["images"][1].pop("height"), "height"),
+        ("panoptic", lambda t: t["annotations"][1].pop("segments_info"), "segments_info"),
+        ("panoptic", lambda t: t["annotations"][0]["segments_info"][0].pop("area"), "area"),
+        ("instances", lambda t: t.pop("images"), "images"),
+        ("instances", lambda t: t["categories"][0].pop("name"), "name"),
+        ("instances", lambda t: t["annotations"][0].pop("segmentation"), "segmentation"),
+        ("instances", lambda t: t["annotations"][0]["segmentation"].pop("counts"), "counts"),
+    ],
+)
+def test_json_without_a_key(root, kind, change, key):
+    archive = PANOPTIC if kind == "panoptic" else INSTANCES.split("!")[0]
+    spoil(root / archive, f"annotations/{kind}_val2017.json", change)
+    task = data.TASKS["shapes"] if kind == "panoptic" else data.replace(data.TASKS["shapes"], kind="instance",
+                                                                        layout="coco_instance")
+    where = f"{root / archive}!annotations/{kind}_val2017.json: "
+    text = error_of(lambda: SegmentDataset(root, task, "val"), where, f"key '{key}'", "categories (id, name)")
+    assert "Error" not in text and ("segments_info" if kind == "panoptic" else "segmentation") in text
+
+
+def test_number_too_large_for_an_id(root):
+    edit_json(root, "val", lambda table: table["images"][0].update(id=10**30))
+    error_of(lambda: SegmentDataset(root, "shapes", "val"), JSON.format("val"), "too large")
+
+
+def test_instances_without_metrics_beside_data(tmp_path):
+    """data.py is there to be copied; the line says what else instances need, before anything is read."""
+    for name in ("data.py", "vocab.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "set").mkdir()
+    two_pictures(tmp_path / "set", [{"segmentation": {"size": [10, 12], "counts": [30, 20, 70]}}])
+    for known in (False, True):
+        if known:  # the arrays are there from before
+            data.check(tmp_path / "set", "auto", "val")
+        done = subprocess.run([sys.executable, "data.py", "set", "--split", "val"], cwd=tmp_path,
+                              capture_output=True, text=True)
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+        line = done.stderr.removeprefix("error: ").strip()
+        assert LINE.match(line) and line.startswith(f"{tmp_path}/data.py: ") and "metrics.py" in line, line
+    data.write_shapes(tmp_path / "world", vocab.SHAPES, 1, 2)  # panoptic, so it needs none
+    done = subprocess.run([sys.executable, "data.py", "world", "--out", "world.png"], cwd=tmp_path)
+    assert done.returncode == 0 and (tmp_path / "world.png").exists()
+    shutil.copy(ROOT / "metrics.py", tmp_path)
+    done = subprocess.run([sys.executable, "data.py", "set", "--split", "val"], cwd=tmp_path)
+    assert done.returncode == 0 and (tmp_path / "data_check.png").exists()
+
+
+@pytest.mark.parametrize(
+    "words,said",
+    [
+        ("--taks auto", "unrecognized arguments: --taks auto"),
+        ("--split tset", "--split tset: unknown"),
+        ("--split val,", "--split val,: unknown"),
+        ("--task coco", "--task coco: unknown"),
+        ("--out nowhere/x.png", "--out nowhere/x.png: "),
+        ("--out x.xyz", "--out x.xyz: "),
+        ("--out x.psd", "--out x.psd: "),  # Pillow reads it only
+        ("--out x", "--out x: "),
+        ("--out .", "--out .: "),
+        ("--decode=3", "--decode"),
+        (None, "required: path"),
+    ],
+)
+def test_wrong_arguments_end_in_a_line_before_the_work(root, words, said, capsys, monkeypatch):
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(data, "check", lambda *a: pytest.fail("the work began"))
+    with pytest.raises(SystemExit) as caught:
+        data.command(data.main, [str(root), *words.split()] if words else [])
+    text = capsys.readouterr()
+    (line,) = text.err.splitlines()
+    assert caught.value.code == 1 and line.startswith("error: ") and said in line and "; " in line, line
+    assert text.out == ""
+
+
+def test_debug_shows_where(tmp_path):
+    with pytest.raises(FileNotFoundError, match="not found"):
+        data.command(data.main, [str(tmp_path / "nowhere"), "--debug"])
+
+
+def test_top_folder_of_another_alphabet(tmp_path):
+    """A zip's top folder may be named in letters of several bytes."""
+    own(tmp_path / "data", encode(np.zeros((4, 4), np.uint8)))
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as file:
+        for path in (tmp_path / "data").rglob("*.*"):
+            file.write(path, f"\u732b \u00e9/{path.relative_to(tmp_path / 'data')}")
+    assert data.check(tmp_path / "x.zip", "auto", "val", decode=True) == []

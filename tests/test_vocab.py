@@ -330,6 +330,21 @@ def test_split_name_errors():
     assert "shapes_open" in error(vocab.split, SHAPES, "shapes")
 
 
+# ---------------------------------------------------------------- class lists
+def test_class_list():
+    words = vocab.parse_classes(" sky\r\nlong grass\n\n")
+    assert words == vocab.Vocabulary("own", ("sky", "long grass"), (0, 1), (False, False))
+    assert len(vocab.parse_classes("\n".join(map(str, range(254)))).names) == 254
+
+
+@pytest.mark.parametrize("text, said", [
+    ("", "0 names; give 1 to 254"), ("\n".join(map(str, range(255))), "255 names"),
+    ("\nsky", "line 1 is blank"), ("sky\n\nroad", "line 2 is blank"),
+    ("sky\nroad\nsky", "line 3 is a name again")])
+def test_class_list_errors(text, said):
+    assert error(vocab.parse_classes, text, "x!classes.txt").startswith(f"x!classes.txt: {said}")
+
+
 # ---------------------------------------------------------------- words in common
 def test_overlap_coco_to_ade():
     seen, unseen = vocab.overlap(COCO_PANOPTIC, ADE20K)
