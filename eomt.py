@@ -2,6 +2,7 @@
 
 In: images (B,3,H,W), uint8 or 0..255 float, H and W multiples of the patch size; the model normalises them.
 Out: a list of `Prediction(masks, classes)` logits, last = final; `segment` takes images of any size.
+In this order: the ViT encoder, EoMT, EoMT with open classes, post-processing and `segment`, checkpoints.
 
     model = load("runs/quick")                       # ours, model-zoo .bin, Lightning .ckpt, Hugging Face
     result = segment(model, [photo], "panoptic")[0]  # photo uint8 (3,H,W) -> Panoptic(ids, labels, scores)
@@ -25,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 try:
     from kernels import masked_attention, pack_mask, panoptic_merge, restored, upscale
-except ImportError:  # this file copied alone, or another package of that name: same numbers in plain torch
+except ImportError:  # this file copied alone: the same numbers in plain torch; the story begins at "Encoder"
 
     def pack_mask(mask_logits, grid, prefix_columns, num_keys, keep_prob=1.0, noise=None):
         """Mask logits (B,Q,mh,mw) -> bool (B,Q,num_keys): may query q look at key n?"""
@@ -41,12 +42,11 @@ except ImportError:  # this file copied alone, or another package of that name: 
         return torch.cat([rows, F.scaled_dot_product_attention(q[:, :, n:], k, v)], 2)  # (B, nh, N, hd)
 
     def restored(masks, window, content, size):
-        """Mask logits (k,mh,mw) of a padded window -> (where, the image's logits (k,H,W)[where]) in parts."""
-        step = max(1, (1 << 24) // max(size[0] * size[1], window[0] * window[1]))
-        for first in range(0, len(masks), step):
-            part = F.interpolate(masks[None, first:first + step].detach().float(), window, mode="bilinear")
-            part = F.interpolate(part[..., :content[0], :content[1]], size, mode="bilinear")
-            yield (slice(first, first + part.shape[1]),), part[0]  # (k', H, W)
+        """Mask logits (k,mh,mw) of a padded window -> (where, the image's (k,H,W)[where]), one at a time."""
+        for q in range(len(masks)):
+            logits = F.interpolate(masks[None, q:q + 1].detach().float(), window, mode="bilinear")
+            logits = F.interpolate(logits[..., :content[0], :content[1]], size, mode="bilinear")
+            yield (slice(q, q + 1),), logits[0]  # (1, H, W)
 
     def panoptic_merge(masks, scores, window, content, size, mask_threshold=0.5):
         """The query int32 (H,W) with the highest score * probability, k where that is outside its own mask;
@@ -54,12 +54,12 @@ except ImportError:  # this file copied alone, or another package of that name: 
         best = torch.full(size, -1.0, device=masks.device)  # (H, W) highest so far
         owner = torch.zeros(size, dtype=torch.int64, device=masks.device)  # (H, W), + k outside its mask
         own, k = [], len(masks)
-        for (part,), logits in restored(masks, window, content, size):
-            for q, prob in enumerate(logits.sigmoid(), part.start):  # (H, W)
-                inside, value = prob >= mask_threshold, prob * scores[q]  # (H, W) x 2
-                own.append(inside.count_nonzero())
-                owner = torch.where(value > best, torch.where(inside, q, q + k), owner)
-                best = torch.maximum(best, value)
+        for q, (_, logits) in enumerate(restored(masks, window, content, size)):
+            prob = logits[0].sigmoid()  # (H, W)
+            inside, value = prob >= mask_threshold, prob * scores[q]  # (H, W) x 2
+            own.append(inside.count_nonzero())
+            owner = torch.where(value > best, torch.where(inside, q, q + k), owner)
+            best = torch.maximum(best, value)
         both, outside = owner.flatten().bincount(minlength=2 * k).view(2, k)
         return owner.clamp(max=k).int(), torch.stack([torch.stack(own), both + outside, both])
 
@@ -86,11 +86,6 @@ ENCODERS = {
 }
 
 
-def default_num_blocks(depth: int) -> int:
-    """How many last blocks see the queries: 3 of 12, 4 of 24, 5 of 40 (EoMT paper); at least 1."""
-    return {12: 3, 24: 4, 40: 5}.get(depth, max(1, depth // 4))
-
-
 class Attention(nn.Module):
     def __init__(self, width, heads, key_bias):
         super().__init__()
@@ -102,12 +97,11 @@ class Attention(nn.Module):
         self.register_buffer("bias_used", used, persistent=False)
 
     def forward(self, x, attend):
-        B, N, C = x.shape
         used = self.bias_used
         x = self.qkv(x) if used is None else F.linear(x, self.qkv.weight, self.qkv.bias * used)  # (B, N, 3*C)
         qkv = x.unflatten(-1, (3, self.heads, -1))  # (B, N, 3, nh, hd)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, nh, N, hd), views
-        return self.proj(attend(q, k, v).transpose(1, 2).reshape(B, N, C))  # (B, N, C)
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))  # (B, N, C)
 
 
 class Mlp(nn.Module):
@@ -126,6 +120,8 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
+    """Pre-norm block with LayerScale. Masks and RoPE come in as `attend(q, k, v)`, (B,nh,N,hd) each."""
+
     def __init__(self, width, heads, hidden, swiglu, eps, key_bias):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps)
@@ -165,7 +161,10 @@ class ViT(nn.Module):
         self.pos_embed = None if rope else nn.Parameter(torch.zeros(1, grid[0] * grid[1], width))
         self.blocks = nn.ModuleList(Block(width, heads, ffn, swiglu, eps, rope is None) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps)
-        self.apply(_init_vit)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
         for table in (self.cls_token, self.reg_token, self.pos_embed):
             if table is not None:
                 nn.init.trunc_normal_(table, std=0.02)
@@ -189,12 +188,6 @@ class ViT(nn.Module):
         if self.training:
             angles = angles * self.rope_scale  # (h*w, hd)
         return partial(_attend_rotated, angles.cos(), angles.sin(), attend)
-
-
-def _init_vit(module):
-    if isinstance(module, nn.Linear | nn.Conv2d):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
 
 
 def rope_angles(grid, head, base, device) -> Tensor:
@@ -262,6 +255,11 @@ class ScaleBlock(nn.Module):
         return upscale(x, up.weight, up.bias, self.conv2.weight, norm.weight, norm.bias, norm.eps)
 
 
+def default_num_blocks(depth: int) -> int:
+    """How many last blocks see the queries: 3 of 12, 4 of 24, 5 of 40 (EoMT paper); at least 1."""
+    return {12: 3, 24: 4, 40: 5}.get(depth, max(1, depth // 4))
+
+
 class EoMT(nn.Module):
     """Encoder-only Mask Transformer over an encoder with `embed`, `attention`, `blocks`, `norm`, `width`,
     `patch`, `prefix`, `mean`, `std`. K = num_classes, Q = num_queries.
@@ -273,9 +271,10 @@ class EoMT(nn.Module):
     def __init__(self, encoder, num_classes, num_queries=200, num_blocks=None):
         super().__init__()
         self.encoder = encoder
-        self.num_blocks = num_blocks or default_num_blocks(len(encoder.blocks))
-        if self.num_blocks > len(encoder.blocks):
-            raise ValueError(f"{self.num_blocks} query blocks in an encoder of {len(encoder.blocks)} blocks")
+        depth = len(encoder.blocks)
+        self.num_blocks = default_num_blocks(depth) if num_blocks is None else num_blocks
+        if not 1 <= self.num_blocks <= depth:
+            raise ValueError(f"num_blocks {num_blocks}: the encoder has depth {depth}; take 1 to {depth}")
         self.config = dict(num_classes=num_classes, num_queries=num_queries, num_blocks=self.num_blocks)
         self.meta, self.recompute = {}, False
         width = encoder.width
@@ -288,9 +287,8 @@ class EoMT(nn.Module):
         self.register_buffer("mean", torch.tensor(encoder.mean).reshape(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(encoder.std).reshape(1, 3, 1, 1), persistent=False)
 
-    def forward(
-        self, images: Tensor, mask_prob: Tensor | None = None, noise: Tensor | None = None
-    ) -> list[Prediction]:
+    def forward(self, images: Tensor, mask_prob: Tensor | None = None,
+                noise: Tensor | None = None) -> list[Prediction]:
         """images uint8 or 0..255 float (B,3,H,W); mask_prob (num_blocks,) in [0,1], the share of queries with
         masked attention in each block, None = nowhere; noise (B,num_blocks,Q) uniform decides which.
         Raises ValueError for sides that patches do not fill."""
@@ -303,6 +301,7 @@ class EoMT(nn.Module):
         if mask_prob is not None and noise is None:
             noise = torch.rand(len(x), self.num_blocks, self.q.num_embeddings, device=x.device)
         predictions = []
+        # A prediction before each of these blocks: trained by the loss too, and the mask of its attention.
         for i, block in enumerate(self.encoder.blocks[first:]):
             if self.training or mask_prob is not None:
                 predictions.append(self.predict(x, grid))
@@ -352,6 +351,18 @@ class EoMT(nn.Module):
         return Prediction(self.dot(queries, patches, grid), self.class_head(queries))
 
 
+def anneal_windows(total: int, num_blocks: int) -> list[tuple[float, float]]:
+    """(start, end) step of each query block's mask annealing; the formula gives all published recipes."""
+    starts = [total / 6 + total / 2 * i / max(1, num_blocks - 1) for i in range(num_blocks)]
+    return [(start, start + total / 6) for start in starts]
+
+
+def anneal(step: int, windows: list[tuple[float, float]]) -> list[float]:
+    """Share of queries that keep their mask, per block: 1 before the window, (1 - progress)^0.9, 0 after."""
+    return [(1 - min(1.0, max(0.0, (step - a) / max(b - a, 1e-9)))) ** 0.9 for a, b in windows]
+
+
+# ---- EoMT with open classes: SigLIP 2 for an encoder, classes are texts ------------------------------------
 class Taught(NamedTuple):
     """A Prediction with the patch tokens (B,N,C) of the adapted encoder and of the same without adapters."""
 
@@ -380,11 +391,12 @@ class OpenVocabEoMT(EoMT):
         if not 1 <= fuse_last <= self.num_blocks + 1:
             raise ValueError(f"fuse_last {fuse_last}: {self.num_blocks} query blocks give 1 to "
                              f"{self.num_blocks + 1} layers; take one of these")
-        self.class_head, self.isolate, self.fuse_last = head, isolate, fuse_last
+        self.class_head, self.isolate = head, isolate
         self.pool, self.gamma, self.adapters, self.distil = pool, gamma, None, False
         self.q_blocks = self.q_norm = None
-        if isolate and query_blocks == "copy":
-            self.copy_blocks()
+        if isolate and query_blocks == "copy":  # they start as the encoder's are now: load that first
+            self.q_blocks = copy.deepcopy(encoder.blocks[-self.num_blocks:]).requires_grad_(True)
+            self.q_norm = copy.deepcopy(encoder.norm).requires_grad_(True)
         self.fuse = nn.Parameter(torch.zeros(fuse_last - 1)) if fuse_last > 1 else None
         if query_init != "learnable":
             self.register_buffer("centres", torch.zeros(num_queries, head.rows.shape[1]))  # (Q, C_t)
@@ -393,17 +405,12 @@ class OpenVocabEoMT(EoMT):
             nn.init.normal_(self.q.weight, std=0.02)  # tells apart queries of one centre
             self.q.requires_grad_(query_init == "text+learnable")
 
-    def copy_blocks(self):
-        """The query rows' own blocks and norm, as the encoder's are now: call it again after loading one."""
-        self.q_blocks = copy.deepcopy(self.encoder.blocks[-self.num_blocks:]).requires_grad_(True)
-        self.q_norm = copy.deepcopy(self.encoder.norm).requires_grad_(True)
-
     def adapt(self, last_n: int, rank_attn: int, rank_ffn: int):
         """Freezes the encoder and puts LoRA adapters into its last blocks."""
         import lora
 
         self.encoder.requires_grad_(False)
-        last_n = lora.add(self.encoder.blocks, last_n, rank_attn, rank_ffn)
+        lora.add(self.encoder.blocks, last_n, rank_attn, rank_ffn)
         self.adapters = dict(last_n=last_n, rank_attn=rank_attn, rank_ffn=rank_ffn)
 
     def queries(self):
@@ -413,35 +420,35 @@ class OpenVocabEoMT(EoMT):
 
     def forward(self, images, mask_prob=None, noise=None):
         taught = self.training and self.distil
-        if not self.isolate:
-            out = super().forward(images, mask_prob, noise)
-            teacher = self.teach(*self.embed(images), 0) if taught else None
-        else:
+        if self.isolate:
             x, grid = self.embed(images)  # (B, h*w, C)
             attend, states = self.encoder.attention(grid), []
             for block in self.encoder.blocks:
                 states.append(x)
                 x = self.run(block, x, attend)
             x = self.encoder.norm(x)
-            teacher = self.teach(*self.shared(states, grid)) if taught else None
+            teacher = self.teach(states, grid) if taught else None
             out = self.ask(states[-self.num_blocks:], x, grid, mask_prob, noise)
-        last = out[-1]._replace(teacher=teacher) if taught else Prediction(*out[-1][:2])
-        return [*(Prediction(*p[:2]) for p in out[:-1]), last]
-
-    def shared(self, states, grid):
-        """What the encoder and its teacher have in common: tokens before the first block that trains."""
-        trains = [any(p.requires_grad for p in block.parameters()) for block in self.encoder.blocks]
-        first = trains.index(True) if True in trains else 0
-        return states[first], grid, first
+        else:
+            out = super().forward(images, mask_prob, noise)
+            if taught:
+                x, grid = self.embed(images)  # (B, h*w, C)
+                teacher = self.teach([x], grid)
+        plain = [Prediction(p.masks, p.classes) for p in out]
+        return [*plain[:-1], out[-1]._replace(teacher=teacher)] if taught else plain
 
     @torch.no_grad()
-    def teach(self, x, grid, first):
-        """Tokens before block `first` -> those after the final norm, without adapters (B,h*w,C)."""
+    def teach(self, states, grid):
+        """Patches (B,h*w,C) before each block, or the first -> after the final norm, all without adapters."""
         import lora
 
-        attend = self.encoder.attention(grid)
+        # Up to the first block that trains, the teacher's tokens are the encoder's.
+        blocks, attend = self.encoder.blocks, self.encoder.attention(grid)
+        trains = [any(p.requires_grad for p in block.parameters()) for block in blocks[:len(states)]]
+        first = trains.index(True) if True in trains else 0
+        x = states[first]
         with lora.disabled(self.encoder):
-            for block in self.encoder.blocks[first:]:
+            for block in blocks[first:]:
                 x = block(x, attend)
         return self.encoder.norm(x)
 
@@ -508,17 +515,6 @@ class OpenVocabEoMT(EoMT):
                           thing=[True] * len(names) if thing is None else list(thing))
 
 
-def anneal_windows(total: int, num_blocks: int) -> list[tuple[float, float]]:
-    """(start, end) step of each query block's mask annealing; the formula gives all published recipes."""
-    starts = [total / 6 + total / 2 * i / max(1, num_blocks - 1) for i in range(num_blocks)]
-    return [(start, start + total / 6) for start in starts]
-
-
-def anneal(step: int, windows: list[tuple[float, float]]) -> list[float]:
-    """Share of queries that keep their mask, per block: 1 before the window, (1 - progress)^0.9, 0 after."""
-    return [(1 - min(1.0, max(0.0, (step - a) / max(b - a, 1e-9)))) ** 0.9 for a, b in windows]
-
-
 # ---- Post-processing and `segment`, the one inference path -------------------------------------------------
 class Panoptic(NamedTuple):
     """ids int32 (H,W), 0 = void, segment s has id s+1; labels int64 (S,), scores float (S,)."""
@@ -534,10 +530,6 @@ class Instances(NamedTuple):
     masks: Tensor
     labels: Tensor
     scores: Tensor
-
-
-_CHUNK = 1 << 26  # values of one upsampled chunk (256 MB in fp32): memory does not grow with the classes
-_LONG = 8  # longer strips are cut: the class scores of a 1x1500 one at window height would need 200 GB
 
 
 def panoptic(masks: Tensor, classes: Tensor, window, content, size, thing, score_threshold=0.8,
@@ -569,10 +561,9 @@ def _number(good, labels, thing) -> tuple[list[int], list[int]]:
     number, kept, segments = [], [], {}
     for k, label in enumerate(labels):
         segment = ("thing", k) if thing[label] else ("stuff", label)
-        if good[k] and segment not in segments:
+        number.append(segments.setdefault(segment, len(segments) + 1) if good[k] else 0)
+        if number[-1] > len(kept):
             kept.append(k)
-            segments[segment] = len(kept)
-        number.append(segments[segment] if good[k] else 0)
     return kept, number
 
 
@@ -634,8 +625,7 @@ def accelerate(model: EoMT, fp8: bool = False, batch: int = 0) -> EoMT:
         if fp8 and "blocks." in name:
             from kernels.fp8_linear import Fp8Linear
 
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, Fp8Linear(module))
+            model.set_submodule(name, Fp8Linear(module))
         elif module.weight.is_cuda:
             module.to(torch.bfloat16)
     if batch:
@@ -690,10 +680,10 @@ def _segment_semantic(model, image, window, mask_prob, batch):
     As upstream rounds the sides; transformers' processor truncates them, a pixel less for half of all sizes.
     """
     size = tuple(image.shape[1:])
-    if max(size) > _LONG * min(size):
-        halves = image.chunk(2, 1 if size[0] > size[1] else 2)  # 2 x (3, H/2, W) or (3, H, W/2)
-        labels = [_segment_semantic(model, half, window, mask_prob, batch) for half in halves]
-        return torch.cat(labels, 0 if size[0] > size[1] else 1)  # (H, W)
+    if max(size) > 8 * min(size):  # the class scores of a strip of 1x1500 at window height would need 200 GB
+        axis = 0 if size[0] > size[1] else 1
+        halves = image.chunk(2, axis + 1)  # 2 x (3, H/2, W) or (3, H, W/2)
+        return torch.cat([_segment_semantic(model, half, window, mask_prob, batch) for half in halves], axis)
     factor = max(window[0] / size[0], window[1] / size[1])
     scaled = tuple(max(w, round(s * factor)) for s, w in zip(size, window, strict=True))
     image = resize(image, scaled)
@@ -711,7 +701,7 @@ def _segment_semantic(model, image, window, mask_prob, batch):
     total /= hits
     best = torch.full(size, -1.0, device=total.device)  # (H, W)
     label = torch.zeros(size, dtype=torch.int64, device=total.device)  # (H, W)
-    step = max(1, _CHUNK // (size[0] * size[1]))
+    step = max(1, (1 << 26) // (size[0] * size[1]))  # 256 MB of fp32
     for first in range(0, len(total), step):  # 150 classes of a 100 MP photo do not fit: running maximum
         scores = F.interpolate(total[None, first:first + step], size, mode="bilinear")[0]  # (K', H, W)
         value, index = scores.max(0)  # (H, W) x 2
@@ -746,8 +736,7 @@ _HF = (
 # What others write (the published .bin files, timm, transformers' EomtDinov3, Dinov2*, DINOv3ViT), applied in
 # order before the table. "#q" marks the q part of a packed tensor.
 _ALIASES = [(re.compile(pattern), name) for pattern, name in (
-    (r"^(module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.", ""),
-    (r"^network\.", ""),
+    (r"^((module|_orig_mod|network)\.)+|(?<=\.)_orig_mod\.", ""),
     (r"^encoder\.backbone\.", "encoder."),
     (r"^(encoder\.|model\.)?(layers?|blocks)\.(?=\d)", "encoder.blocks."),
     (r"^(cls_token|reg_token|pos_embed|patch_embed|norm|mask_token)(?=$|\.)", r"encoder.\1"),
@@ -848,20 +837,16 @@ def _raw(path: Path) -> tuple[dict[str, Tensor], dict]:
     for what, sign in signs.items():
         if re.match(sign, head, re.IGNORECASE):
             raise ValueError(f"{path}: the file is {what}, not weights; download it again")
-    if path.name.endswith(".index.json"):
-        return {k: v for shard in _shards(path) for k, v in _raw(path.parent / shard)[0].items()}, {}
-    return _tensors(path)
-
-
-def _shards(path):
-    """The weight files that an index names: plain names beside it, nothing else."""
-    table = _json(path)
-    names = table.get("weight_map") if isinstance(table, dict) else None
-    names = list(names.values()) if isinstance(names, dict) else [None]
-    for name in names:
-        if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*\.(safetensors|bin)", name):
-            raise ValueError(f"{path}: {name!r} is no weight file beside it; download it again")
-    return sorted(set(names))
+    if not path.name.endswith(".index.json"):
+        return _tensors(path)
+    try:
+        shards = set(_json(path)["weight_map"].values())
+    except (TypeError, LookupError, AttributeError):
+        shards = {None}
+    for shard in shards:  # plain names beside it, nothing else
+        if not re.fullmatch(r"[\w-][\w.-]*\.(safetensors|bin)", str(shard)):
+            raise ValueError(f"{path}: {shard!r} is no weight file beside it; download it again")
+    return {k: v for shard in sorted(shards) for k, v in _raw(path.parent / shard)[0].items()}, {}
 
 
 def unpickle(path: Path):
@@ -899,7 +884,6 @@ def _tensors(path):
 
 def _rename(raw, path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Foreign tensors under our names, and the key that each of ours came from (for error messages)."""
-    gated = any(".gate_proj." in key for key in raw)
     parts, origin = {}, {}
     for key, value in raw.items():
         name = key
@@ -910,8 +894,6 @@ def _rename(raw, path) -> tuple[dict[str, Tensor], dict[str, str]]:
         name, _, part = name.partition("#")
         if _IGNORED.search(name):
             continue
-        if part == "up" and not gated:
-            part = ""  # DINOv3's plain MLP calls its only first layer up_proj
         if part in parts.setdefault(name, {}):
             raise ValueError(f"{path}!{key}: the same tensor as {origin[name]}; remove one of them")
         parts[name][part], origin[name] = value, key
@@ -919,23 +901,10 @@ def _rename(raw, path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return {name: _join(name, found, rope, f"{path}!{origin[name]}") for name, found in parts.items()}, origin
 
 
-def _note(raw, origin, path):
-    """Says what reading a foreign file has changed."""
-    strips = [word for word in ("module.", "_orig_mod.", "network.") if any(word in key for key in raw)]
-    notes = [f"{', '.join(strips)} stripped from names"] if strips else []
-    if any("layers." in key or "layer." in key for key in origin.values()):
-        notes.append("Hugging Face names made ours")
-    dtypes = {str(value.dtype).removeprefix("torch.") for value in raw.values() if value.is_floating_point()}
-    if dtypes - {"float32"}:
-        notes.append(f"{', '.join(sorted(dtypes - {'float32'}))} made float32")
-    if notes:
-        print(f"note: {path}: {'; '.join(notes)}", file=sys.stderr)
-
-
 def _join(name, parts, rope, where):
     """One tensor of its parts, "" being the whole."""
-    if list(parts) == [""]:
-        return parts[""]
+    if list(parts) in ([""], ["up"]):  # DINOv3's plain MLP calls its only first layer up_proj
+        return next(iter(parts.values()))
     if rope and name.endswith(".qkv.bias") and "k" not in parts:
         parts["k"] = torch.zeros_like(next(iter(parts.values())))  # DINOv3's keys have no bias
     wanted = ["q", "k", "v"] if ".qkv." in name else ["gate", "up"]
@@ -961,23 +930,46 @@ def _tidy(state):
 def _infer(state, raw, hints) -> dict:
     """Model configuration from tensor shapes; `hints` (HF's config.json) may say heads, eps, blocks, size."""
     kernel = state["encoder.patch_embed.weight"]
-    width, patch = kernel.shape[0], kernel.shape[-1]
+    width, patch = kernel.shape[0], kernel.shape[3]
     depth = 1 + max((int(k.split(".")[2]) for k in state if k.startswith("encoder.blocks.")), default=-1)
     hidden = state["encoder.blocks.0.mlp.fc2.weight"].shape[1]
     swiglu = state["encoder.blocks.0.mlp.fc1.weight"].shape[0] == 2 * hidden
-    positions = state.get("encoder.pos_embed")
-    rope, eps, side = (None, 1e-6, math.isqrt(positions.shape[1])) if positions is not None else (
-        100.0, 1e-5, hints.get("image_size", 640) // patch)
+    rope, eps, side = 100.0, 1e-5, hints.get("image_size", 640) // patch  # DINOv3
+    if "encoder.pos_embed" in state:
+        rope, eps, side = None, 1e-6, math.isqrt(state["encoder.pos_embed"].shape[1])
     registers = state["encoder.reg_token"].shape[1] if "encoder.reg_token" in state else 0
     encoder = dict(width=width, depth=depth, heads=hints.get("num_attention_heads", max(1, width // 64)),
                    patch=patch, grid=[side, side], registers=registers, ffn=hidden, swiglu=swiglu, rope=rope,
                    eps=hints.get("layer_norm_eps", eps))
     if "q.weight" not in state:
         return dict(encoder=encoder)
-    probs = next((v for k, v in raw.items() if k.endswith("attn_mask_probs")), None)
-    blocks = len(probs) if probs is not None and probs.ndim else default_num_blocks(depth)
+    probs = next((len(v) for k, v in raw.items() if k.endswith("attn_mask_probs") and v.ndim), 0)
+    blocks = hints.get("num_blocks", probs or default_num_blocks(depth))
     return dict(encoder=encoder, num_classes=state["class_head.weight"].shape[0] - 1,
-                num_queries=len(state["q.weight"]), num_blocks=hints.get("num_blocks", blocks))
+                num_queries=len(state["q.weight"]), num_blocks=blocks)
+
+
+def _dialect(origin) -> str:
+    """Whose names a file has, by `origin`: our name -> the file's key, nothing for our own files."""
+    keys = " ".join(origin.values())
+    if "layers." in keys or "layer." in keys:
+        return "Hugging Face's"
+    if not origin:
+        return "this program's"
+    return "upstream EoMT's" if "backbone." in keys else "timm's"
+
+
+def _note(raw, origin, path):
+    """Says what reading a foreign file has changed."""
+    strips = [word for word in ("module.", "_orig_mod.", "network.") if any(word in key for key in raw)]
+    dtypes = {str(value.dtype).removeprefix("torch.") for value in raw.values() if value.is_floating_point()}
+    others = sorted(dtypes - {"float32"})
+    notes = {f"{', '.join(strips)} stripped from names": strips,
+             "Hugging Face names made ours": _dialect(origin) == "Hugging Face's",
+             f"{', '.join(others)} made float32": others}
+    said = "; ".join(note for note, so in notes.items() if so)
+    if said:
+        print(f"note: {path}: {said}", file=sys.stderr)
 
 
 def read(path: str | Path, base: str | Path | None = None) -> tuple[dict, dict[str, Tensor], dict]:
@@ -994,19 +986,22 @@ def read(path: str | Path, base: str | Path | None = None) -> tuple[dict, dict[s
     _check_base(path, raw, base)
     if header:
         return _checked(header, raw, path)
-    hints = {}
-    if path.suffix != ".bin" and (path.parent / "config.json").exists():
-        hints = _json(path.parent / "config.json")
-    state, origin = _rename(raw, path)
-    _note(raw, origin, path)
-    if "encoder.patch_embed.weight" not in state:
-        raise ValueError(f"{path}: no EoMT, DINOv2 or DINOv3 ({len(raw)} keys, e.g. {next(iter(raw), '-')}); "
-                         "give an EoMT checkpoint")
-    state = _tidy(state)
+    beside = path.parent / "config.json"
+    hints = _json(beside) if path.suffix != ".bin" and beside.exists() else {}
     try:
+        state, origin = _rename(raw, path)
+        _note(raw, origin, path)
+        if not len(state.get("encoder.patch_embed.weight", ())):
+            raise ValueError(f"{path}: no EoMT, DINOv2 or DINOv3 by the names of this program, upstream "
+                             f"EoMT, timm or Hugging Face ({len(raw)} keys, e.g. {next(iter(raw), '-')}); "
+                             "give one of these, or strip what stands before its names")
+        state = _tidy(state)
         config = _infer(state, raw, hints)
     except KeyError as e:
-        raise ValueError(f"{path}: missing {e.args[0]}; give a whole checkpoint") from None
+        raise ValueError(f"{path}: missing {e.args[0]}; read with {_dialect(origin)} names: give a whole "
+                         "checkpoint") from None
+    except (IndexError, TypeError, RuntimeError) as e:
+        raise ValueError(f"{path}: an impossible shape of a tensor ({str(e)[:80]!r}); get it again") from None
     if base is not None:
         _add_base(config, state, base)
     return config, state, {"origin": origin}
@@ -1044,7 +1039,7 @@ def _check_base(path, raw, base):
     tokens = next((value for key, value in raw.items() if key.endswith("patch_embed.register_tokens")), None)
     norms = [v.flatten() for k, v in raw.items() if re.search(r"backbone\.(.*\.)?norm[12]?\.weight$", k)]
     positive = (torch.cat([*norms, torch.empty(0)]) > 0).float().mean()
-    still = [value.abs().max() for key, value in raw.items() if key.endswith("pixel_std")]
+    still = [value.abs().sum() for key, value in raw.items() if key.endswith("pixel_std")]
     delta = tokens is not None and (positive < 0.75 or any(value < 0.1 for value in still))
     if delta and base is None:
         name = {384: "vits16", 768: "vitb16", 1024: "vitl16"}.get(tokens.shape[-1], "*")
@@ -1085,22 +1080,27 @@ def build(config: dict) -> EoMT:
 
 def fill(model: nn.Module, state: dict[str, Tensor], path, origin=None, skip: tuple[str, ...] = ()):
     """Strict load: one error names missing, unexpected and misshapen keys, but for the prefixes `skip`."""
-    state = {k: v for k, v in state.items() if not k.startswith(skip or "\0")}
-    own = {k: v for k, v in model.state_dict().items() if not k.startswith(skip or "\0")}
+    state = {key: value for key, value in state.items() if not key.startswith(skip)}
+    own = {key: value for key, value in model.state_dict().items() if not key.startswith(skip)}
     _compare(own, state, path, origin or {})
     model.load_state_dict(state, strict=False)
 
 
 def _compare(own, state, path, origin):
-    faults = [f"missing {k}" for k in own if k not in state]
-    faults += [f"unexpected {origin.get(k, k)}" for k in state if k not in own]
-    faults += [f"{origin.get(k, k)} has shape {tuple(v.shape)}, the model wants {tuple(own[k].shape)}"
-               for k, v in state.items() if k in own and v.shape != own[k].shape]
-    faults += [f"{origin.get(k, k)} holds {v.dtype}, the model wants {own[k].dtype}" for k, v in state.items()
-               if k in own and v.is_floating_point() != own[k].is_floating_point()]
-    if faults:
-        more = f" and {len(faults) - 6} more" if len(faults) > 6 else ""
-        raise ValueError(f"{path}: {'; '.join(faults[:6])}{more}; give the checkpoint of this model")
+    """ValueError where a file's tensors are not the model's: the first three of each fault, by its names."""
+    both = [(origin.get(key, key), state[key], own[key]) for key in own if key in state]
+    faults = (
+        [f"missing {key}" for key in own if key not in state],
+        [f"unexpected {origin.get(key, key)}" for key in state if key not in own],
+        [f"{key} has shape {tuple(value.shape)}, the model wants {tuple(want.shape)}"
+         for key, value, want in both if value.shape != want.shape],
+        [f"{key} holds {value.dtype}, the model wants {want.dtype}"
+         for key, value, want in both if value.is_floating_point() != want.is_floating_point()])
+    some = [fault for kind in faults for fault in kind[:3]]
+    if some:
+        more = sum(map(len, faults)) - len(some)
+        raise ValueError(f"{path}: {'; '.join(some)}{f' and {more} more' if more else ''}; read with "
+                         f"{_dialect(origin)} names: give the checkpoint of this model")
 
 
 def load(path: str | Path, device="cpu", base: str | Path | None = None) -> EoMT:
@@ -1126,14 +1126,13 @@ def load_encoder(encoder: ViT, path: str | Path):
     """Pretrained DINOv2 / DINOv3 weights (timm, Hugging Face or an EoMT) into `encoder`; kernel and positions
     are resampled to its patch size and grid once, here."""
     config, state, meta = read(path)
-    state = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
-    state["patch_embed.weight"] = resample_patch(state["patch_embed.weight"], encoder.patch)
-    if "pos_embed" in state and encoder.pos_embed is not None:
-        grid = tuple(config["encoder"]["grid"])
-        state["pos_embed"] = resample_positions(state["pos_embed"], grid, encoder.grid)
-    if "reg_token" not in state:
-        state["reg_token"] = encoder.reg_token.detach()[:, :0]
-    fill(encoder, state, path, {k.removeprefix("encoder."): v for k, v in meta.get("origin", {}).items()})
+    state = {key: value for key, value in state.items() if key.startswith("encoder.")}
+    kernel, table, grid = "encoder.patch_embed.weight", "encoder.pos_embed", config["encoder"]["grid"]
+    state[kernel] = resample_patch(state[kernel], encoder.patch)
+    if table in state and encoder.pos_embed is not None:
+        state[table] = resample_positions(state[table], tuple(grid), encoder.grid)
+    state.setdefault("encoder.reg_token", encoder.reg_token.detach()[:, :0])
+    fill(nn.ModuleDict({"encoder": encoder}), state, path, meta.get("origin"))
 
 
 def save(path: str | Path, model: EoMT, format: str = "nanoeomt", **meta):

@@ -14,7 +14,6 @@ Out: the same model with `LoRALinear` in their place; state dicts of the adapter
 # SPDX-License-Identifier: MIT
 import contextlib
 import math
-import warnings
 
 import torch
 import torch.nn.functional as F
@@ -63,25 +62,32 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
-def add(blocks: nn.ModuleList, last_n: int, rank_attn: int, rank_ffn: int) -> int:
+def add(blocks: nn.ModuleList, last_n: int, rank_attn: int, rank_ffn: int) -> None:
     """Puts adapters into the last `last_n` blocks, in place; rank 0 leaves that kind of layer alone.
 
-    alpha = 2 rank. Returns the number of adapted blocks: with fewer blocks than `last_n` all of them, and a
-    warning says so. Freezes the adapted linears only; the rest of the tower is the caller's to freeze.
+    alpha = 2 rank. Freezes the adapted linears only; the rest of the tower is the caller's to freeze. Raises
+    ValueError where there is nothing to adapt: no such block, no rank, no linear layer of a known name.
     """
     if adapters(blocks):
         raise ValueError("LoRA: these blocks already have adapters; merge them, or load into them")
-    if last_n > len(blocks):
-        warnings.warn(f"LoRA on the last {last_n} blocks: there are {len(blocks)}, all get it", stacklevel=2)
-    count = min(last_n, len(blocks))
+    if not 1 <= last_n <= len(blocks):
+        raise ValueError(f"LoRA: last_n {last_n}: there are {len(blocks)} blocks; take 1 to {len(blocks)}")
+    if min(rank_attn, rank_ffn) < 0 or rank_attn == rank_ffn == 0:
+        raise ValueError(f"LoRA: rank_attn {rank_attn}, rank_ffn {rank_ffn}: 0 leaves a kind of layer alone; "
+                         "take 1 or more for one of them")
+    adapted = blocks[-last_n:]
+    linears = {name: module for name, module in adapted.named_modules() if isinstance(module, nn.Linear)}
+    found = dict.fromkeys(name.rpartition(".")[2] for name in linears)  # each name once, in order
+    for kind, rank, names in (("rank_attn", rank_attn, ATTENTION), ("rank_ffn", rank_ffn, FFN)):
+        if rank and not names.keys() & found.keys():
+            raise ValueError(f"LoRA: {kind} {rank}: looks for linear layers named {', '.join(names)}, found "
+                             f"{', '.join(found) or 'none'}; rename them, or take {kind} 0")
     ranks = dict.fromkeys(ATTENTION, rank_attn) | dict.fromkeys(FFN, rank_ffn)
-    for block in blocks[len(blocks) - count:]:
-        for name, module in list(block.named_modules()):
-            parent, _, leaf = name.rpartition(".")
-            if isinstance(module, nn.Linear) and ranks.get(leaf):
-                adapter = LoRALinear(module, ranks[leaf], 2 * ranks[leaf], (ATTENTION | FFN)[leaf])
-                setattr(block.get_submodule(parent), leaf, adapter)
-    return count
+    for name, base in linears.items():
+        leaf = name.rpartition(".")[2]
+        if ranks.get(leaf):
+            adapter = LoRALinear(base, ranks[leaf], 2 * ranks[leaf], (ATTENTION | FFN)[leaf])
+            adapted.set_submodule(name, adapter)
 
 
 @torch.no_grad()
@@ -89,10 +95,9 @@ def merge(model: nn.Module) -> int:
     """Folds every adapter into its base weight and puts the plain linear back; returns how many it was."""
     found = adapters(model)
     for name, adapter in found.items():
-        parent, _, leaf = name.rpartition(".")
         weight = adapter.base.weight
         weight.copy_(weight.float() + adapter.delta())
-        setattr(model.get_submodule(parent), leaf, adapter.base)
+        model.set_submodule(name, adapter.base)
     return len(found)
 
 

@@ -10,6 +10,8 @@ Out: a dict of scalar losses, equal to Mask2Former's on the same random points.
     losses["loss"].backward()
 """
 # SPDX-License-Identifier: MIT
+import math
+
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
@@ -140,20 +142,33 @@ class NotFinite(ValueError):
     """The model's logits hold NaN or infinity."""
 
 
-def _assign(costs: Tensor, sizes: list[int], shape: tuple[int, int], names: list[str] | None) -> Tensor:
+def _name(names: list[str] | None, i: int) -> str:
+    return names[i] if names else f"image {i} of the batch"
+
+
+def _assign(costs: Tensor, targets: list, shape: tuple[int, int, int], names: list[str] | None) -> Tensor:
     """Cheapest one-to-one assignment for each layer and image.
 
-    costs float32 (sum of L*Q*T_i,) on the CPU: a block (L,Q,T_i) for each image; sizes: T_i; shape: (L, Q).
-    Returns int64 (3,L,N) as `match`.
+    costs float32 (sum of L*Q*T_i,) on the CPU: a block (L,Q,T_i) for each image; shape: (L, Q, K). Returns
+    int64 (3,L,N) as `match`.
     """
-    parts = costs.split([shape[0] * shape[1] * size for size in sizes])
-    blocks = [part.view(*shape, size) for part, size in zip(parts, sizes, strict=True)]  # B x (L, Q, T_i)
+    *rows, num_classes = shape
+    sizes = [(*rows, len(target.labels)) for target in targets]
+    parts = costs.split([math.prod(size) for size in sizes])
+    blocks = [part.view(size) for part, size in zip(parts, sizes, strict=True)]  # B x (L, Q, T_i)
+    for i, block in enumerate(blocks):
+        if block.isneginf().any():
+            found = ", ".join(map(str, sorted(set(targets[i].labels.tolist()))))
+            raise ValueError(
+                f"{_name(names, i)}: labels {found} of {num_classes} classes: they are 0 to "
+                f"{num_classes - 1}; map them to the model's classes, or leave these segments out"
+            )
     bad = [i for i, block in enumerate(blocks) if not block.isfinite().all()]
     if bad:
-        where = ", ".join(names[i] if names else f"image {i} of the batch" for i in bad)
         raise NotFinite(
-            f"{where}: the matching cost is NaN or infinite, so the model's logits are; "
-            "lower the learning rate, and look at these images and at the last gradient norm"
+            f"{', '.join(_name(names, i) for i in bad)}: the matching cost is NaN or infinite, so the "
+            "model's logits are; lower the learning rate, and look at these images and at the last gradient "
+            "norm"
         )
     pairs = []
     for i, block in enumerate(blocks):
@@ -179,11 +194,11 @@ def match(
     (S,2), shared by its queries, segments and layers. Returns int64 (3,L,N) on the logits' device: image,
     query, segment of each pair; N = sum of min(T_i, Q), images in order, queries ascending. Costs are
     float32, and the device is waited for once. A cost that is NaN or infinite raises NotFinite with the
-    images' names.
+    images' names, a label outside 0..K-1 ValueError.
     """
     device, costs = points[0].device, []
-    shape = len(predictions), predictions[0].masks.shape[1]
-    step = max(1, _chunk(device) // (shape[1] * len(points[0])))  # layers at a time
+    queries, num_classes = predictions[0].masks.shape[1], predictions[0].classes.shape[-1] - 1
+    step = max(1, _chunk(device) // (queries * len(points[0])))  # layers at a time
     with _plain(points[0]):
         for i, (target, where) in enumerate(zip(targets, points, strict=True)):
             truth = sample_segments(target.ids, target.layer, target.value, where.float())  # (T, S)
@@ -194,10 +209,13 @@ def match(
                 parts.append(_pair_costs(sample_points(maps.float(), where), truth))
             bce, dice = torch.cat(parts, 1)  # (L*Q, T) each
             prob = torch.cat([p.classes[i] for p in predictions]).float().softmax(-1)  # (L*Q, K+1)
-            cost = mask_weight * bce + dice_weight * dice - class_weight * prob[:, target.labels]  # (L*Q, T)
-            costs.append(cost.flatten())
-    sizes = [len(target.labels) for target in targets]
-    pairs = _assign(torch.cat(costs).cpu(), sizes, shape, names)  # (3, L, N); the one device-to-host copy
+            labels = target.labels.clamp(0, num_classes - 1)  # (T,)
+            cost = mask_weight * bce + dice_weight * dice - class_weight * prob[:, labels]  # (L*Q, T)
+            # A label of no class must not index anything on a GPU, and asking about it would be a wait: it
+            # gets a cost that no logits can have (theirs are finite, NaN or +inf), which the host looks for.
+            costs.append(cost.masked_fill(labels != target.labels, -math.inf).flatten())
+    shape = len(predictions), queries, num_classes
+    pairs = _assign(torch.cat(costs).cpu(), targets, shape, names)  # (3, L, N); the one device-to-host copy
     return pairs.to(device, non_blocking=True)
 
 
@@ -214,6 +232,34 @@ def set_norm(targets: list, num_queries: int, no_object: float = 0.1) -> Tensor:
     pairs = sum(min(len(target.labels), num_queries) for target in targets)
     unmatched = len(targets) * num_queries - pairs
     return torch.tensor([pairs, pairs + no_object * unmatched], dtype=torch.float64)
+
+
+def _check(predictions: list, targets: list, num_classes: int, names: list[str] | None):
+    """Raise ValueError where shapes or dtypes do not fit: what the host knows without a wait."""
+    shape = predictions[0].masks.shape
+    for k, prediction in enumerate(predictions):
+        masks, classes = tuple(prediction.masks.shape), tuple(prediction.classes.shape)
+        if len(shape) != 4 or masks != shape or classes != (len(targets), shape[1], num_classes + 1):
+            raise ValueError(
+                f"prediction {k}: masks {masks}, class logits {classes} for {len(targets)} targets; wanted "
+                f"(B, Q, h, w), the same everywhere, and (B, Q, {num_classes} classes + 1)"
+            )
+    h, w = shape[2:]
+    for i, target in enumerate(targets):
+        fields = {name: getattr(target, name) for name in ("ids", "layer", "value", "labels")}
+        ids, *rows = fields.values()
+        flat = all(row.dtype == torch.int64 and row.dim() == 1 and len(row) == len(rows[0]) for row in rows)
+        if ids.dtype != torch.uint8 or ids.dim() != 3 or not flat:
+            found = ", ".join(f"{name} {value.dtype} {tuple(value.shape)}" for name, value in fields.items())
+            raise ValueError(
+                f"{_name(names, i)}: {found}; wanted ids uint8 (L, H, W), the others int64 (T,) of one length"
+            )
+        height, width = ids.shape[1:]
+        if abs(height * w - width * h) >= max(height, width):  # more than the rounding of a pixel
+            raise ValueError(
+                f"{_name(names, i)}: id maps of {height}x{width} for mask logits of {h}x{w}, another shape; "
+                "cut, pad and resize them as the image"
+            )
 
 
 class SetLoss(nn.Module):
@@ -263,10 +309,7 @@ class SetLoss(nn.Module):
         """
         device = predictions[0].masks.device
         queries = predictions[0].masks.shape[1]
-        wanted = len(targets), queries, self.num_classes + 1
-        assert predictions[0].classes.shape == wanted, (
-            f"class logits {tuple(predictions[0].classes.shape)}, wanted (B, Q, classes + 1) = {wanted}"
-        )
+        _check(predictions, targets, self.num_classes, names)
         if seeds is None:
             generators = [None] * len(targets)
         else:

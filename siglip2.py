@@ -203,7 +203,8 @@ def load(path: str | Path, part: str, heads: int | None = None) -> VisionTower |
     """
     final, others, names = PARTS[part]
     found, said = {}, {}
-    for tensors, header in (_read(file, others) for file in _files(Path(path))):
+    for file in _files(Path(path)):
+        tensors, header = _read(file, others)
         said |= header
         found |= {key.removeprefix(f"{part}_model."): value for key, value in tensors.items()}  # bare or not
     keys = [_foreign(name, final)[0] for name in ("positions", "blocks.0.mlp.fc1.weight", *names)]
@@ -470,11 +471,10 @@ class OpenVocabHead(nn.Module):
         seen = torch.as_tensor(seen, dtype=torch.bool).to(self.void.device)
         assert owner.unique().tolist() == list(range(len(seen))), f"{len(seen)} classes, rows of {owner}"
         rows, owner, self.num_seen = rows.to(seen.device).float(), owner.to(seen.device), int(seen.sum())
-        saved = {"rows": rows, "owner": owner, "seen": seen}
-        column = torch.where(seen, seen.cumsum(0) - 1, -1)  # (K,)
-        derived = {"column": column, "seen_rows": seen[owner].nonzero()[:, 0]}
-        for name, value in (saved | derived).items():
-            self.register_buffer(name, value, persistent=name in saved)
+        for name, value in (("rows", rows), ("owner", owner), ("seen", seen)):
+            self.register_buffer(name, value)
+        self.register_buffer("column", torch.where(seen, seen.cumsum(0) - 1, -1), persistent=False)  # (K,)
+        self.register_buffer("seen_rows", seen[owner].nonzero()[:, 0], persistent=False)
         self.calibrate()
 
     def calibrate(self, alpha=0.4, beta=0.8, temp_in=1.0, temp_out=1.0, bias=0.0, class_bias=None,

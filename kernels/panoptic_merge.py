@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .choose import jit, tl, triton, use_triton
-from .pack_mask import _source
+from .pack_mask import _against, _source
 
 TILE = dict(BH=16, BW=32, num_warps=8, num_stages=2)  # pixels of a program; BH * BW < 2^16, see _merge_kernel
 
@@ -218,13 +218,6 @@ def _check(masks, scores, window, content, size):
             raise ValueError(f"{where}{name}: {tuple(pair)}; pass a height and a width of at least 1")
     if content[0] > window[0] or content[1] > window[1]:
         raise ValueError(f"{where}content: {tuple(content)} is not inside the window {tuple(window)}")
-
-
-def _against(masks):
-    """Why Triton cannot take the masks, or ""."""
-    if masks.dtype in (torch.float32, torch.float16, torch.bfloat16):
-        return ""
-    return f"dtype {masks.dtype} is none of float32, float16, bfloat16"
 
 
 def panoptic_merge(masks: Tensor, scores: Tensor, window, content, size,

@@ -495,6 +495,14 @@ def test_forward_one_query_one_block_no_registers():
     assert model(images(2, 3, 16, 24), torch.ones(1))[-1].masks.shape == (2, 1, 4, 6)
 
 
+@pytest.mark.parametrize("num_blocks", [99, 4, 0, -1])
+def test_num_blocks_outside_the_encoder(num_blocks):
+    with pytest.raises(ValueError) as error:
+        tiny(num_blocks=num_blocks)
+    assert str(error.value) == f"num_blocks {num_blocks}: the encoder has depth 3; take 1 to 3"
+    assert tiny(num_blocks=3).num_blocks == 3 and tiny(num_blocks=None).num_blocks == 1
+
+
 def test_fallback_equals_kernels(monkeypatch):
     """eomt.py copied alone gives the same numbers as with kernels/ beside it."""
     import importlib.util

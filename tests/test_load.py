@@ -129,6 +129,59 @@ def test_wrong_tensors_one_line(tmp_path, name):
     assert str(tmp_path / "m.safetensors") in text and all(word in text for word in words), text
 
 
+def without(state, word):
+    return {k: v for k, v in state.items() if word not in k}
+
+
+def test_keys_that_do_not_fit_say_how_they_were_read(tmp_path):
+    """Whose names the reader took them for, the first of each kind of fault, and what to try."""
+    model, path = tiny(), tmp_path / "m.bin"
+    zoo, hugging, scales = zoo_state(model, 2), hf_state(model), "missing encoder.blocks.0.ls1; missing "
+    encoder = {k.removeprefix("encoder."): v for k, v in model.state_dict().items() if k[:8] == "encoder."}
+    more = {"head.weight": torch.zeros(9, 64), "blocks.7.norm1.weight": torch.zeros(64)}
+
+    def load_encoder(path):
+        eomt.load_encoder(eomt.ViT(64, 4, 1, 16, (4, 4), swiglu=True), path)
+
+    for state, read, words in (
+        (without(zoo, ".ls"), eomt.load, [scales, "and 5 more; read with upstream EoMT's names: "]),
+        (without(hugging, "norm2"), eomt.load, ["and 9 more; read with Hugging Face's names: "]),
+        (without(hugging, "predictor.w"), eomt.load, ["missing class_head.weight; read with Hugging Face"]),
+        (without(encoder, ".ls") | more, load_encoder, [scales, "; unexpected blocks.7.norm1.weight; "]),
+        (encoder, load_encoder, ["m.bin: blocks.0.mlp.fc1.weight has shape (256, 64), the model wants ("]),
+        (encoder, load_encoder, ["and 5 more; read with timm's names: "]),
+        (
+            {f"model.{k}": v for k, v in zoo.items()},
+            eomt.load,
+            ["upstream EoMT, timm or Hugging Face (86 keys, e.g. model.network.encoder.backbone.cls_token)"],
+        ),
+    ):
+        torch.save(state, path)
+        text = line_of(lambda read=read: read(path))
+        assert text.startswith(f"{path}: ") and all(word in text for word in words), text
+    text = line_of(lambda: eomt.fill(tiny(classes=9), model.state_dict(), "m"))
+    assert "class_head.weight has shape (6, 64), the model wants (10, 64)" in text
+    assert "read with this program's names: " in text
+
+
+@pytest.mark.parametrize("spelling", ["zoo", "hugging"])
+def test_foreign_tensors_of_impossible_shapes(tmp_path, spelling):
+    """No axis, one, an empty one, one more: whatever the tensor, one line with the file."""
+    model, path = eomt.EoMT(eomt.ViT(64, 1, 1, 16, (4, 4)), 5, 7, 1), tmp_path / "m.bin"
+    state = zoo_state(model, 1) if spelling == "zoo" else hf_state(model)
+    changes = [torch.sum, torch.flatten, lambda t: t[:0] if t.ndim else t, lambda t: t[None]]
+    loaded = set()  # what may differ: the positions' number, constants, tensors that are what they were
+    for key, value in state.items():
+        for change in changes:
+            torch.save(state | {key: change(value)}, path)
+            try:
+                eomt.load(path)
+                loaded |= {key} if change(value).shape != value.shape else set()
+            except ValueError as error:
+                assert LINE.fullmatch(str(error)) and str(path) in str(error), (key, error)
+    assert all(re.search("pos|pixel|empty_weight|probs|q.weight|query", key) for key in loaded), loaded
+
+
 # ---- headers that lie --------------------------------------------------------------------------------------
 def lie(**changes):
     def change(header):

@@ -31,7 +31,7 @@ def trained(tower, **kw):
 
 
 def test_add_layers_and_ranks(tower):
-    assert lora.add(tower.blocks, 2, 4, 3) == 2
+    lora.add(tower.blocks, 2, 4, 3)
     found = lora.adapters(tower)
     layers = ("attn.qkv", "mlp.fc1", "mlp.fc2")
     assert set(found) == {f"blocks.{i}.{layer}" for i in (1, 2) for layer in layers}
@@ -44,14 +44,46 @@ def test_add_layers_and_ranks(tower):
 def test_add_rank_zero_and_separate_projections(tower):
     lora.add(tower.blocks, 1, 4, 0)
     assert list(lora.adapters(tower)) == ["blocks.2.attn.qkv"]
-    block = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("q_proj", "k_proj", "v_proj", "out_proj")})
-    lora.add(nn.ModuleList([block]), 1, 2, 2)
+    block = linears("q_proj", "k_proj", "v_proj", "out_proj")
+    lora.add(nn.ModuleList([block]), 1, 2, 0)
     assert list(lora.adapters(block)) == ["q_proj", "k_proj", "v_proj"]
 
 
-def test_add_clamps_to_depth(tower):
-    with pytest.warns(UserWarning, match="last 16 blocks: there are 3"):
-        assert lora.add(tower.blocks, 16, 2, 2) == 3
+def linears(*names):
+    return nn.ModuleDict({name: nn.Linear(8, 8) for name in names})
+
+
+@pytest.mark.parametrize("names, attn, ffn, words", [
+    (("query", "key", "value", "dense"), 2, 0, "rank_attn 2: looks for linear layers named qkv, q_proj, "
+     "k_proj, v_proj, found query, key, value, dense; "),
+    (("qkv", "w12", "w3"), 2, 4, "rank_ffn 4: looks for linear layers named fc1, fc2, found qkv, w12, w3; "),
+    ((), 0, 4, "rank_ffn 4: looks for linear layers named fc1, fc2, found none; "),
+])
+def test_add_says_which_names_it_looks_for(names, attn, ffn, words):
+    """A tower of another library would be trained without the adapters that were asked for."""
+    blocks = nn.ModuleList([linears(*names), linears(*names)])
+    before = [type(module) for module in blocks.modules()]
+    with pytest.raises(ValueError) as error:
+        lora.add(blocks, 2, attn, ffn)
+    assert f"LoRA: {words}" in str(error.value) and "\n" not in str(error.value)
+    assert [type(module) for module in blocks.modules()] == before  # refused before anything is changed
+
+
+@pytest.mark.parametrize("last_n, attn, ffn, words", [
+    (16, 2, 2, "last_n 16: there are 3 blocks; take 1 to 3"),
+    (0, 2, 2, "last_n 0: there are 3 blocks; take 1 to 3"),
+    (-1, 2, 2, "last_n -1: there are 3 blocks; take 1 to 3"),
+    (2, 0, 0, "rank_attn 0, rank_ffn 0: "),
+    (2, -4, 4, "rank_attn -4, rank_ffn 4: "),
+])
+def test_add_refuses_numbers_that_adapt_nothing(tower, last_n, attn, ffn, words):
+    with pytest.raises(ValueError, match=f"LoRA: {words}"):
+        lora.add(tower.blocks, last_n, attn, ffn)
+    assert not lora.adapters(tower)
+
+
+def test_add_twice(tower):
+    lora.add(tower.blocks, 3, 2, 2)
     with pytest.raises(ValueError, match="already have adapters"):
         lora.add(tower.blocks, 1, 2, 2)
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 import itertools
 import math
+import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import pytest
@@ -247,6 +248,54 @@ def test_match_nan_names_the_images(bad):
     assert "NaN" in text and "; " in text and "\n" not in text
     with pytest.raises(ValueError, match="image 0 of the batch, image 2 of the batch: "):
         SetLoss(4, num_points=32)(predictions, targets)
+
+
+def wrong(batch=2, **change):
+    """Predictions and targets of which the last is another."""
+    predictions, targets = make_predictions(2, 2, 6, 4), [make_target(3, 4, seed=i) for i in range(batch)]
+    for name, alter in change.items():
+        if name in ("masks", "classes"):
+            predictions[1] = predictions[1]._replace(**{name: alter(getattr(predictions[1], name))})
+        else:
+            targets[1] = replace(targets[1], **{name: alter(getattr(targets[1], name))})
+    return predictions, targets
+
+
+def put(*values):
+    return lambda _: torch.tensor(values)
+
+
+FAULTS = {
+    "label of no-object": (dict(labels=put(0, 4, 1)), "b.jpg: labels 0, 1, 4 of 4 classes: they are 0 to 3"),
+    "label far out": (dict(labels=put(0, 255, 1)), "b.jpg: labels 0, 1, 255 of 4 classes: they are 0 to 3"),
+    "negative label": (dict(labels=put(0, -1, 1)), "b.jpg: labels -1, 0, 1 of 4 classes: they are 0 to 3"),
+    "float labels": (dict(labels=put(0.0, 1.0, 1.0)), "b.jpg: .*, labels torch.float32 (3,); wanted ids"),
+    "too few labels": (dict(labels=put(0, 1)), "b.jpg: .*, labels torch.int64 (2,); wanted ids uint8"),
+    "too few layers": (dict(layer=lambda t: t[:2]), "b.jpg: .*, layer torch.int64 (2,), value torch.int64 ("),
+    "too few values": (dict(value=lambda t: t[:2]), "b.jpg: .*, value torch.int64 (2,), labels torch.int64 "),
+    "one map, not L": (dict(ids=lambda t: t[0]), "b.jpg: ids torch.uint8 (24, 20), "),
+    "wide ids": (dict(ids=lambda t: t.long()), "b.jpg: ids torch.int64 (2, 24, 20), "),
+    "another shape": (dict(ids=lambda t: t[:, :12]), "b.jpg: id maps of 12x20 for mask logits of 9x7, "),
+    "fewer classes": (dict(classes=lambda t: t[..., :3]), "prediction 1: masks (2, 6, 9, 7), class logits "
+                      "(2, 6, 3) for 2 targets; wanted (B, Q, h, w), the same everywhere, and (B, Q, 4 cl"),
+    "more classes": (dict(classes=lambda t: torch.cat([t, t], -1)), "prediction 1: .* (2, 6, 10) for 2 "),
+    "fewer queries": (dict(masks=lambda t: t[:, :5]), "prediction 1: masks (2, 5, 9, 7), class logits (2, 6"),
+    "smaller masks": (dict(masks=lambda t: t[..., :5]), "prediction 1: masks (2, 6, 9, 5), "),
+    "flat masks": (dict(masks=lambda t: t.flatten(2)), "prediction 1: masks (2, 6, 63), "),
+    "more targets": (dict(batch=3), "prediction 0: masks (2, 6, 9, 7), class logits (2, 6, 5) for 3 targets"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_set_loss_says_what_does_not_fit(fault):
+    """One line instead of an index error, or of a CUDA assertion that ends the process."""
+    change, words = FAULTS[fault]
+    predictions, targets = wrong(**change)
+    with pytest.raises(ValueError) as error:
+        SetLoss(4, num_points=32)(predictions, targets, names=["a.jpg", "b.jpg", "c.jpg"])
+    text = str(error.value)
+    assert re.match(re.escape(words).replace(r"\.\*", ".*"), text) and "; " in text and "\n" not in text, text
+    assert not isinstance(error.value, losses.NotFinite)  # which train.py takes for numbers gone wrong
 
 
 # ------------------------------------------------------------------------------------------ set loss
