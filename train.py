@@ -12,6 +12,7 @@ User mistakes end with one line `error: ...` and exit code 1.
 """
 # SPDX-License-Identifier: MIT
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import datetime
@@ -44,10 +45,10 @@ from losses import NotFinite, SetLoss, feature_distill, itc_distill, set_norm, s
 
 
 # ---- Settings ----------------------------------------------------------------------------------------------
-def setting(default, phrase, least=0, among=()):
-    """A field with its words in --help and the smallest number, or all the words, that it may be."""
+def setting(default, phrase, least=0, most=10**9, among=()):
+    """A field with its words in --help and the smallest and largest number, or all the words, it may be."""
     phrase += f": {', '.join(among)}" if among else ""
-    return dataclasses.field(default=default, metadata={"help": phrase, "limits": (least, among)})
+    return dataclasses.field(default=default, metadata={"help": phrase, "limits": (least, most, among)})
 
 
 @dataclass
@@ -65,7 +66,7 @@ class Config:
     # model
     size: int = setting(640, "side of the square training crop in pixels", 1)
     num_queries: int = setting(200, "segmentation queries", 1)
-    num_blocks: int = setting(0, "last blocks that see the queries; 0 = the encoder's published number")
+    num_blocks: int = setting(0, "last blocks that see the queries; 0 = the published number", -math.inf)
     masked_attn: bool = setting(True, "masked attention in training, annealed away")
     first_window: tuple[float, ...] = setting((), "start,end step of annealing in the first block")
     # recipe
@@ -73,12 +74,12 @@ class Config:
     steps: int = setting(0, "optimiser steps; 0 = epochs * floor(images / batch size)")
     batch_size: int = setting(16, "images a step, over all ranks and accumulation", 1)
     device_batch_size: int = setting(0, "images one rank handles at once; 0 = its whole share")
-    lr: float = setting(1e-4, "AdamW learning rate of heads and final norm")
+    lr: float = setting(1e-4, "AdamW learning rate of heads and final norm", most=math.inf)
     weight_decay: float = setting(0.05, "on every parameter")
-    clip_norm: float = setting(0.01, "gradient norm is clipped to this")
+    clip_norm: float = setting(0.01, "gradient norm is clipped to this", most=math.inf)
     llrd: float = setting(0.8, "layer-wise decay: block i gets lr * llrd^(depth - 1 - i)")
     llrd_query_blocks: bool = setting(True, "decay in the last num_blocks blocks too")
-    rope_rescale: float = setting(1.0, "RoPE coordinates are stretched by up to this factor, one a step")
+    rope_rescale: float = setting(1.0, "RoPE coordinates are stretched by up to this factor, one a step", 1)
     warmup: tuple[float, ...] = setting((500, 1000), "steps of warm-up: heads, then encoder")
     scale: tuple[float, ...] = setting((0.1, 2.0), "range of the random resize")
     color_jitter: bool = setting(False, "random brightness, contrast, saturation, hue")
@@ -110,15 +111,15 @@ class Config:
     ov_bias: float = setting(0.0, "subtracted from the logits of seen classes", -math.inf)
     ov_class_bias: str = setting("", "auto (by training frequency) or a JSON list, one number a class")
     ov_reject: str = setting("", "energy below which a mask is void, or auto")
-    pretrain_steps: int = setting(2000, "of the toy tower that --quick makes")
+    pretrain_steps: int = setting(2000, "of the toy tower that --quick makes", 1)
     wandb: bool = setting(False, "log to Weights & Biases too")
     wandb_project: str = setting("nanoeomt", "W&B project")
     wandb_name: str = setting("", "W&B run name; default the name of --out")
     wandb_group: str = setting("", "W&B group")
     wandb_tags: str = setting("", "W&B tags with commas")
     wandb_notes: str = setting("", "W&B notes")
-    wandb_mode: str = setting("online", "online, offline or disabled")
-    wandb_resume: str = setting("allow", "W&B's resume")
+    wandb_mode: str = setting("online", "W&B mode", among=("online", "offline", "disabled"))
+    wandb_resume: str = setting("allow", "W&B's resume", among=("allow", "must", "never", "auto"))
     wandb_watch: bool = setting(False, "W&B histograms of weights and gradients")
     # machine
     amp: str = setting("bf16", "autocast on CUDA; fp16 scales gradients", among=("bf16", "fp16", "off"))
@@ -126,7 +127,7 @@ class Config:
     recompute: bool = setting(False, "backward makes the blocks' inner values again: less memory, more time")
     deterministic: bool = setting(False, "only repeatable kernels, an error where there is none")
     workers: int = setting(4, "data processes a rank; 0 = in this one")
-    seed: int = setting(0, "everything random follows from it")
+    seed: int = setting(0, "everything random follows from it", most=2**63 - 1)
     timeout: float = setting(1800, "seconds a rank waits for the others before the run ends")
     # run
     log_every: int = setting(50, "steps between log lines", 1)
@@ -145,9 +146,11 @@ class Config:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, (least, among) = getattr(self, field.name), field.metadata["limits"]
+            value, (least, most, among) = getattr(self, field.name), field.metadata["limits"]
             many = value if isinstance(value, tuple) else (value,)
-            bad = {f"give {least} or more": any(isinstance(x, int | float) and not x >= least for x in many),
+            found = [x for x in many if isinstance(x, int | float)]
+            bad = {f"give {least} or more": any(not x >= least for x in found),  # so is NaN
+                   f"give {most} or less": any(x > most for x in found),
                    "give two numbers: a,b": many is value and len(value) not in (2, len(field.default)),
                    f"one of {', '.join(among)}": among and value not in among}
             for advice in (text for text, so in bad.items() if so):
@@ -161,46 +164,42 @@ QUICK = dict(task="shapes", encoder="tiny", data="runs/shapes", out="runs/quick"
              log_every=30, save_every=110, eval_every=110, eval_limit=64)
 TOY_BATCH, TOY_LR, TOY_SIDE, TOY_PATCH, TOY_LENGTH = 32, 2e-3, 64, 8, 4  # pixels; tokens: a red ring <eos>
 # SigLIP 2 towers: size, side of the position table, patch, published checkpoint.
-TOWERS = {f"siglip2_{name}": (size, grid, 16, f"google/siglip2-{name}-patch16-{16 * grid}")
-          for name, size, grid in (("base", siglip2.SIZES["base"], 32), ("large", siglip2.SIZES["large"], 32),
-                                   ("so400m", siglip2.SIZES["so400m"], 32))}
-TOWERS |= {"siglip2_giant": (siglip2.SIZES["giant-opt"], 24, 16, "google/siglip2-giant-opt-patch16-384"),
-           "siglip2_toy": (siglip2.TOY, TOY_SIDE // TOY_PATCH, TOY_PATCH, "runs/toy-tower")}
+TOWERS = {"siglip2_base": (siglip2.SIZES["base"], 32, 16, "google/siglip2-base-patch16-512"),
+          "siglip2_large": (siglip2.SIZES["large"], 32, 16, "google/siglip2-large-patch16-512"),
+          "siglip2_so400m": (siglip2.SIZES["so400m"], 32, 16, "google/siglip2-so400m-patch16-512"),
+          "siglip2_giant": (siglip2.SIZES["giant-opt"], 24, 16, "google/siglip2-giant-opt-patch16-384"),
+          "siglip2_toy": (siglip2.TOY, TOY_SIDE // TOY_PATCH, TOY_PATCH, "runs/toy-tower")}
 LORA = dict(lora=True, train_heads=False, distill_feat=1.0, distill_itc=0.1, warmup=(0, 500), llrd=1.0)
 STAGES = {"A": dict(freeze_backbone=True, lora=False, train_heads=True),
           "B": LORA | dict(lora_last_n=12, lora_rank_attn=16, lora_rank_ffn=32),
           "C": LORA | dict(lora_last_n=16, lora_rank_attn=16, lora_rank_ffn=48, fuse_last=3)}
 QUICK_OPEN = QUICK | dict(task="shapes_open", encoder="siglip2_toy", data="runs/shapes-open", split="shapes",
-                          encoder_weights="runs/toy-tower", templates="plain", scale=(1.0, 1.0),
-                          batch_size=32, num_queries=12, num_points=512, steps=800, save_every=400,
-                          eval_every=0)
-QUICK_LORA = dict(steps=100, lr=5e-4, warmup=(0, 20), save_every=100, lora_last_n=2)
+                          encoder_weights="runs/toy-tower", templates="plain", size=TOY_SIDE,
+                          scale=(1.0, 1.0), batch_size=32, num_queries=12, num_points=512, steps=800,
+                          save_every=400, eval_every=0, out="runs/quick-A")
+QUICK_LORA = QUICK_OPEN | dict(steps=100, lr=5e-4, warmup=(0, 20), save_every=100, lora_last_n=2)
+QUICKS = {"": QUICK, "A": QUICK_OPEN, **{x: QUICK_LORA | dict(out=f"runs/quick-{x}") for x in "BC"}}
+NAMES = [*Config.__annotations__]
 # Settings that only a stage reads, the split of classes apart.
-OPEN = [*Config.__annotations__]
-OPEN = {*OPEN[OPEN.index("text_weights"):OPEN.index("wandb")]} - {"split", "split_policy"}
+OPEN = {*NAMES[NAMES.index("text_weights"):NAMES.index("wandb")]} - {"split", "split_policy"}
 # Settings of where and how a run runs: they may differ between a run and its resumption.
-MACHINE = {"timeout", "data", "out", "device_batch_size", "workers", "log_every", "save_every", "eval_every",
-           "eval_limit", "resume", "overwrite", "max_bad", "skip_nonfinite", "config", "dry_run", "debug",
-           "profile", "recompute", "compile", "amp", "deterministic", "init", "base", "encoder_weights",
-           "load_class_head", "text_weights", "tokenizer"}
-MACHINE |= {name for name in Config.__annotations__ if name.startswith(("ov_", "wandb"))}
+MACHINE = {*NAMES[NAMES.index("wandb"):]} - {"seed", "quick"}
+MACHINE |= {name for name in OPEN if name.startswith("ov_")} | {"text_weights", "tokenizer"}
+MACHINE |= {"data", "out", "init", "base", "load_class_head", "encoder_weights", "device_batch_size"}
 # Option names of the recipe this project grew from -> ours.
-SEED_WORDS = {"OUTPUT_DIR": "--out", "--model.ckpt_path": "--init", "--data.path": "--data",
-              "--model.load_ckpt_class_head": "--no-load-class-head",
-              "--data.batch_size": "--batch-size (the total of all devices)",
-              "--model.network.masked_attn_enabled": "--no-masked-attn"}
-SEED_WORDS |= {f"MODEL.BACKBONE.{word}": flag for word, flag in (
-    ("FREEZE", "--freeze-backbone"), ("LORA.ENABLED", "--lora"), ("LORA.LAST_N_LAYERS", "--lora-last-n"),
-    ("LORA.LAYERS_LAST_N", "--lora-last-n"), ("LORA.RANK_ATTN", "--lora-rank-attn"),
-    ("LORA.RANK_FFN", "--lora-rank-ffn"), ("LORA.RANK", "--lora-rank-attn and --lora-rank-ffn"))}
-SEED_WORDS |= {"MODEL.LOSS.DISTILL.FEAT_ALIGN": "--distill-feat",
-               "MODEL.LOSS.DISTILL.ITC_WEIGHT": "--distill-itc",
-               "MODEL.QUERY_INIT": "--query-init", "MODEL.OPEN_VOCAB.TEMP": "--ov-temp",
-               "MODEL.OPEN_VOCAB.CALIBRATION_BIAS": "--ov-bias",
-               "MODEL.OPEN_VOCAB.ENERGY_REJECT_THR": "--ov-reject",
-               "MODEL.OPEN_VOCAB.MULTILINGUAL": "--languages en,zh", "OPEN_VOCAB_SPLIT": "--split",
-               "DATASETS.OPEN_VOCAB_SPLIT": "--split", "LOGGING.WANDB.ENABLED": "--wandb",
-               "LOGGING.WANDB.WATCH.ENABLED": "--wandb-watch"}
+SEED_WORDS = {
+    "OUTPUT_DIR": "--out", "OPEN_VOCAB_SPLIT": "--split", "DATASETS.OPEN_VOCAB_SPLIT": "--split",
+    "--data.path": "--data", "--data.batch_size": "--batch-size (the total of all devices)",
+    "--model.ckpt_path": "--init", "--model.load_ckpt_class_head": "--no-load-class-head",
+    "--model.network.masked_attn_enabled": "--no-masked-attn", "MODEL.QUERY_INIT": "--query-init",
+    "MODEL.BACKBONE.FREEZE": "--freeze-backbone", "MODEL.BACKBONE.LORA.LAST_N_LAYERS": "--lora-last-n",
+    "MODEL.BACKBONE.LORA.ENABLED": "--lora", "MODEL.BACKBONE.LORA.LAYERS_LAST_N": "--lora-last-n",
+    "MODEL.BACKBONE.LORA.RANK_ATTN": "--lora-rank-attn", "MODEL.BACKBONE.LORA.RANK_FFN": "--lora-rank-ffn",
+    "MODEL.BACKBONE.LORA.RANK": "--lora-rank-attn and --lora-rank-ffn",
+    "MODEL.LOSS.DISTILL.FEAT_ALIGN": "--distill-feat", "MODEL.LOSS.DISTILL.ITC_WEIGHT": "--distill-itc",
+    "MODEL.OPEN_VOCAB.TEMP": "--ov-temp", "MODEL.OPEN_VOCAB.MULTILINGUAL": "--languages en,zh",
+    "MODEL.OPEN_VOCAB.CALIBRATION_BIAS": "--ov-bias", "MODEL.OPEN_VOCAB.ENERGY_REJECT_THR": "--ov-reject",
+    "LOGGING.WANDB.ENABLED": "--wandb", "LOGGING.WANDB.WATCH.ENABLED": "--wandb-watch"}
 SEED_WORDS |= {f"LOGGING.WANDB.{word.upper()}": f"--wandb-{word}"
                for word in ("project", "name", "group", "tags", "notes", "mode", "resume")}
 SEED_WORDS |= {word.removeprefix("MODEL."): flag for word, flag in SEED_WORDS.items()}
@@ -223,11 +222,6 @@ def encoder_row(encoder: str, task: str) -> dict:
     return row
 
 
-def quick_row(stage: str) -> dict:
-    later = QUICK_LORA if stage != "A" else {}
-    return QUICK_OPEN | later | dict(out=f"runs/quick-{stage}", size=TOY_SIDE) if stage else QUICK
-
-
 def numbers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(",") if part)
 
@@ -235,10 +229,9 @@ def numbers(text: str) -> tuple[float, ...]:
 def parser() -> argparse.ArgumentParser:
     """One flag per Config field: --some-name (or --some_name), --x / --no-x, lists with commas."""
     rows = [f"  {word:<40}{flag}" for word, flag in SEED_WORDS.items() if f"MODEL.{word}" not in SEED_WORDS]
-    top = argparse.ArgumentParser(usage="%(prog)s [options]; --help lists them", allow_abbrev=False,
-                                  description=__doc__.split("\n")[0],
-                                  formatter_class=argparse.RawDescriptionHelpFormatter,
-                                  epilog="\n".join(["original recipe -> here:", *rows]))
+    top = data.Arguments(usage="%(prog)s [options]; --help lists them", description=__doc__.split("\n")[0],
+                         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         epilog="\n".join(["original recipe -> here:", *rows]))
     for field in dataclasses.fields(Config):
         flag, kind, phrase = f"--{field.name.replace('_', '-')}", field.type, field.metadata["help"]
         phrase += "" if field.default == "" else f" (default: {field.default})"
@@ -256,6 +249,17 @@ def hyphens(word: str) -> str:
     return name.replace("_", "-") + equals + value if name.startswith("--") and "." not in name else word
 
 
+def read_config(path: str) -> dict:
+    """The settings in the config.json of a run."""
+    try:
+        stored = dict(json.loads(Path(path).read_text())["config"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: not a run's config.json; give RUN/config.json") from None
+    for key in (key for key in stored if key not in Config.__annotations__):
+        raise ValueError(f"{path}!{key}: there is no such setting; remove it, or give another --config")
+    return stored
+
+
 def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
     """Command line -> resolved Config, and where each value that is not a default came from."""
     top = parser()
@@ -268,38 +272,39 @@ def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
             advice = f"did you mean {near[0]}?" if near else "see --help"
             raise ValueError(f"{word}: unknown option; {advice}")
     given = {key: value for key, value in vars(flags).items() if value is not None}
-    stored = {}
-    if given.get("config"):
-        try:
-            stored = json.loads(Path(given["config"]).read_text())["config"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{given['config']}: not a run's config.json; give RUN/config.json") from None
-        follows = dict(steps="epochs", device_batch_size="batch_size")  # computed, if the latter is given now
-        old = {"out", "resume", "overwrite", "config"} | {k for k in follows if follows[k] in given}
-        stored = {k: v for k, v in stored.items() if k not in old}
+    stored = read_config(given["config"]) if given.get("config") else {}
+    follows = dict(steps="epochs", device_batch_size="batch_size")  # computed, if the latter is given now
+    old = {"out", "resume", "overwrite", "config"} | {k for k in follows if follows[k] in given}
+    stored = {k: v for k, v in stored.items() if k not in old}
     stage = given.get("stage", stored.get("stage", ""))
     if stage not in ("", *STAGES):
         raise ValueError(f"--stage {stage}: unknown; one of {', '.join(STAGES)}")
     for key in (key for key in given if key in OPEN and not stage and given[key] != getattr(Config, key)):
         raise ValueError(f"--{key.replace('_', '-')} {given[key]}: only for a stage; give --stage A, B or C")
-    first = dict(encoder="siglip2_large") if stage else {}
-    quick = quick_row(stage) if given.get("quick", stored.get("quick")) else {}
-    axes = {key: getattr(Config, key) for key in ("task", "encoder", "data")} | first | quick | stored | given
+    recipe = STAGES[stage] | dict(encoder="siglip2_large") if stage else {}
+    quick = QUICKS[stage] if given.get("quick", stored.get("quick")) else {}
+    axes = {key: getattr(Config, key) for key in ("task", "encoder", "data")}
+    axes |= recipe | quick | stored | given
     task = data.find_task(axes["data"], axes["task"])
     fits = TOWERS if stage else eomt.ENCODERS
     if axes["encoder"] not in fits:
         every = (*TOWERS, *eomt.ENCODERS)
         known = f"not for --stage {stage or '(none)'}" if axes["encoder"] in every else "unknown"
         raise ValueError(f"--encoder {axes['encoder']}: {known}; one of {', '.join(fits)}")
-    row = dict(num_queries=task.queries, epochs=task.epochs, size=task.size, scale=task.scale)
-    layers = [("task", row | dict(color_jitter=task.color_jitter)), ("stage", first),
+    layers = [("task", dict(num_queries=task.queries, epochs=task.epochs, size=task.size, scale=task.scale,
+                            color_jitter=task.color_jitter)),
               ("encoder", encoder_row(axes["encoder"], task.name)),
-              ("stage", STAGES.get(stage, {})), ("quick", quick), ("config", stored), ("flag", given)]
+              ("stage", recipe), ("quick", quick), ("config", stored), ("flag", given)]
     values, origin = {}, {}
     for name, layer in layers:
         values |= {key: tuple(v) if isinstance(v, list) else v for key, v in layer.items()}
         origin |= dict.fromkeys(layer, name)
     cfg = Config(**values)
+    depth = TOWERS[cfg.encoder][0][2] if stage else eomt.ENCODERS[cfg.encoder]["depth"]
+    if not 0 <= cfg.num_blocks <= depth:
+        raise ValueError(f"--num-blocks {cfg.num_blocks}: {cfg.encoder} has {depth}; give 0 to {depth}")
+    if cfg.rope_rescale != 1 and (stage or "rope" not in eomt.ENCODERS[cfg.encoder]):
+        raise ValueError(f"--rope-rescale {cfg.rope_rescale}: {cfg.encoder} has no RoPE; give 1")
     cfg.out = cfg.out or f"runs/{task.name}_{cfg.encoder}_{cfg.size}"
     return cfg, origin
 
@@ -319,16 +324,22 @@ def split_batch(cfg: Config, world: int) -> int:
     return share // cfg.device_batch_size
 
 
+def shorten_warmup(cfg: Config, origin: dict):
+    """A warm-up that nobody gave takes a quarter of the steps where it would take more than half of them."""
+    if 2 * sum(cfg.warmup) > cfg.steps and origin.get("warmup") not in ("flag", "config", "quick"):
+        share = cfg.steps / 4 / sum(cfg.warmup)
+        cfg.warmup, origin["warmup"] = tuple(int(length * share) for length in cfg.warmup), "computed"
+
+
 # ---- Model, optimiser, schedules: pure functions of the settings and the step ------------------------------
 def make_model(cfg: Config, vocabulary) -> eomt.EoMT:
     """The model of the settings with random weights, seeded."""
     torch.manual_seed(cfg.seed)
-    row = dict(eomt.ENCODERS[cfg.encoder])
-    patch = row.setdefault("patch", 16)
-    if cfg.size % patch:
-        raise ValueError(f"--size {cfg.size} is no multiple of the patch size {patch}; "
-                         f"take {max(1, cfg.size // patch) * patch}")
-    encoder = eomt.ViT(**row, grid=(cfg.size // patch,) * 2)
+    row = {"patch": 16} | eomt.ENCODERS[cfg.encoder]
+    if cfg.size % row["patch"]:
+        raise ValueError(f"--size {cfg.size} is no multiple of the patch size {row['patch']}; "
+                         f"take {max(1, cfg.size // row['patch']) * row['patch']}")
+    encoder = eomt.ViT(**row, grid=(cfg.size // row["patch"],) * 2)
     return eomt.EoMT(encoder, len(vocabulary.names), cfg.num_queries, cfg.num_blocks or None)
 
 
@@ -344,7 +355,7 @@ def read_start(cfg: Config):
         return None
     config, state, meta = eomt.read(path)
     if "open" not in config:
-        raise ValueError(f"{path}: no SigLIP2-EoMT; give a run of --stage A, B or C")
+        raise ValueError(f"{path}: made without --stage; leave it out, or give a run of --stage A, B or C")
     return config, state, meta
 
 
@@ -354,26 +365,25 @@ def inherit(cfg: Config, origin: dict, start, vocabulary):
     kept = dict(config["open"], num_queries=config["num_queries"], num_blocks=config["num_blocks"],
                 size=meta["size"], templates=meta["template"],
                 **{key: meta[key] for key in ("encoder", "split", "split_policy", "languages")})
-    free = ("size", "split_policy")  # another stage may have its own
-    for key in set(kept) & set(vars(cfg)) - {"fuse_last"}:
-        if origin.get(key) == "flag" and getattr(cfg, key) != kept[key] and key not in free:
-            raise ValueError(f"--{key.replace('_', '-')} {getattr(cfg, key)}: {cfg.init or cfg.out} has "
-                             f"{kept[key]}; leave it out, or train Stage A anew")
-        if origin.get(key) != "flag" and getattr(cfg, key) != kept[key]:
+    path, now = cfg.init or cfg.out, vars(cfg)
+    for key in (key for key in kept if key in now and key != "fuse_last" and now[key] != kept[key]):
+        if origin.get(key) != "flag":
             setattr(cfg, key, kept[key])
             origin[key] = "init"
+        elif key not in ("size", "split_policy"):  # another stage may have its own
+            raise ValueError(f"--{key.replace('_', '-')} {now[key]}: {path} has {kept[key]}; leave it out, "
+                             "or train Stage A anew")
     if meta["names"] != list(vocabulary.names):
-        raise ValueError(f"{cfg.init or cfg.out}: its {len(meta['names'])} classes are not those of "
-                         f"{cfg.task}; give the task it was trained on")
+        raise ValueError(f"{path}: its {len(meta['names'])} classes are not those of {cfg.task}; give the "
+                         "task it was trained on")
 
 
 def make_tower(cfg: Config) -> siglip2.VisionTower:
     """The tower of --encoder with its pretrained weights, or random ones."""
     sizes, grid, patch, _ = TOWERS[cfg.encoder]
-    reach = int(cfg.encoder == "siglip2_toy")
     if cfg.dry_run or cfg.encoder_weights == "random":
         with torch.device("meta" if cfg.dry_run else "cpu"):  # counting parameters needs no memory
-            return siglip2.VisionTower(*sizes, patch, grid, reach=reach)
+            return siglip2.VisionTower(*sizes, patch, grid, reach=int(sizes == siglip2.TOY))
     tower = siglip2.load(siglip2.fetch(cfg.encoder_weights), "vision")
     if (tower.config["width"], tower.config["depth"]) != (sizes[0], sizes[2]):
         raise ValueError(f"{cfg.encoder_weights}: width {tower.width}, {len(tower.blocks)} blocks, but "
@@ -417,16 +427,12 @@ def make_open(cfg: Config, vocabulary, start) -> eomt.OpenVocabEoMT:
     if cfg.query_init != "learnable":
         model.centres.copy_(siglip2.centres(text[0][head.seen_rows], cfg.num_queries))
     if start:
-        load_stage(model, state, cfg.init or cfg.out, () if cfg.load_class_head else ("class_head.",))
+        plain = {k.replace(".base.", "."): v for k, v in state.items() if not k.endswith((".A", ".B"))}
+        skip = () if cfg.load_class_head else ("class_head.",)
+        skip += () if "fuse" in plain and model.fuse is not None else ("fuse",)  # layers new to it start at 0
+        eomt.fill(model, plain, cfg.init or cfg.out, skip=skip)
     freeze(model, cfg, state if start else {})
     return model
-
-
-def load_stage(model: eomt.OpenVocabEoMT, state: dict, path, skip: tuple[str, ...]):
-    """An earlier stage's weights but for its adapters; layers fused from now on start at 0."""
-    plain = {k.replace(".base.", "."): value for k, value in state.items() if not k.endswith((".A", ".B"))}
-    skip += () if "fuse" in plain and model.fuse is not None else ("fuse",)
-    eomt.fill(model, plain, path, skip=skip)
 
 
 def freeze(model: eomt.OpenVocabEoMT, cfg: Config, state: dict):
@@ -444,7 +450,7 @@ def freeze(model: eomt.OpenVocabEoMT, cfg: Config, state: dict):
         model.adapt(min(cfg.lora_last_n, depth), cfg.lora_rank_attn, cfg.lora_rank_ffn)
         lora.grow(model, {key: value for key, value in state.items() if key.endswith((".A", ".B"))})
     elif any(key.endswith(".A") for key in state):
-        raise ValueError(f"{cfg.init}: has adapters, which would be lost without --lora; use --lora")
+        raise ValueError(f"{cfg.init or cfg.out}: its adapters would be lost without --lora; use --lora")
     if (cfg.distill_feat or cfg.distill_itc) and not cfg.lora:
         raise ValueError("--distill-feat, --distill-itc: the teacher is the tower less adapters; use --lora")
     if not any(p.requires_grad for p in model.parameters()):
@@ -463,6 +469,13 @@ def load_start(model: eomt.EoMT, cfg: Config, say):
     origin, skip = meta.get("origin", {}), ()
     if "num_classes" not in config:
         raise ValueError(f"{cfg.init}: an encoder without heads; give it to --encoder-weights")
+    made = [name for name, row in eomt.ENCODERS.items()
+            if all(row.get(key) == config["encoder"].get(key) for key in ("width", "depth", "rope"))]
+    if "open" in config:
+        made = [f"{meta['encoder']} --stage {meta['stage']}"]
+    if made and cfg.encoder not in made:
+        raise ValueError(f"{cfg.init}: made with --encoder {made[0]}, this run has --encoder {cfg.encoder}; "
+                         f"give --encoder {made[0]}, or another --init")
     there, here = config["num_classes"], model.config["num_classes"]
     other = meta.get("names", model.meta.get("names")) != model.meta.get("names")
     if there != here or other or not cfg.load_class_head:
@@ -516,12 +529,6 @@ def anneal_windows(cfg: Config, num_blocks: int) -> list[tuple[float, float]]:
 def slot_seed(seed: int, step: int, slot: int) -> int:
     """Seed of one image's randomness: its place in the global batch, not the rank or part that handles it."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {step} {slot}".encode(), digest_size=7).digest())
-
-
-def query_noise(seeds: list[int], num_blocks: int, num_queries: int) -> torch.Tensor:
-    """Uniform (B, num_blocks, Q), one generator an image."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return torch.stack([torch.rand(num_blocks, num_queries, generator=g) for g in generators])
 
 
 # ---- Checkpoints of a run: one folder, whole or not there --------------------------------------------------
@@ -591,8 +598,7 @@ def tidy(out: Path):
 def resume(out: Path, model, kept, cfg, say) -> int:
     """Loads the newest checkpoint whose sums are right; returns its step, 0 where there is none."""
     for folder in (folders := run_steps(out)):
-        gone = [name for name in ("meta.json", "resume.pt") if not (folder / name).exists()]
-        fault = f"{folder}!{gone[0]}: missing" if gone else eomt.damaged(folder)
+        fault = eomt.damaged(folder) if (folder / "meta.json").exists() else f"{folder}!meta.json: missing"
         if fault:
             say(f"warning: {fault}; taking the one before")
             continue
@@ -619,11 +625,12 @@ def resume(out: Path, model, kept, cfg, say) -> int:
 
 def claim(out: Path, cfg: Config):
     """Refuses to mix two runs in one folder."""
-    used = out.exists() and any(p.name == "config.json" or p.name.startswith("step-") for p in out.iterdir())
-    if used and cfg.overwrite and (out / "log.txt").exists():  # a model of others has a config.json, too
+    used = out.is_dir() and any(p.name == "config.json" or p.name.startswith("step-") for p in out.iterdir())
+    ours = (out / "log.txt").exists()  # a model of others has a config.json, too
+    if used and ours and cfg.overwrite and not cfg.resume:
         shutil.rmtree(out)
     elif used and (cfg.overwrite or not cfg.resume):
-        what = "no run of train.py" if cfg.overwrite else "already holds a run"
+        what = "already holds a run" if ours or not cfg.overwrite else "no run of train.py"
         raise ValueError(f"{out}: {what}; --resume continues a run, --overwrite replaces it")
     out.mkdir(parents=True, exist_ok=True)
     (out / "log.txt").touch()
@@ -640,6 +647,7 @@ def replace(path: Path, text: str):
 # ---- Log and pictures --------------------------------------------------------------------------------------
 class Log:
     """Rank 0's voice: stdout and log.txt, metrics.jsonl, curves.png; Weights & Biases where asked for."""
+
     def __init__(self, out: Path, rank: int):
         self.out, self.rank, self.wandb = out, rank, None
 
@@ -647,18 +655,20 @@ class Log:
         """Settings and facts of data and model go up at once, then what metrics.jsonl gets, by its keys."""
         if self.rank or not cfg.wandb:
             return
-        try:
-            import wandb
-        except ImportError:
-            raise ValueError("--wandb: the package is not installed; pip install wandb") from None
         mark = self.out / "wandb_id"  # a resumed run goes on in its own curves
         if not mark.exists():
             mark.write_text(os.urandom(8).hex())
-        self.wandb = wandb.init(
-            project=cfg.wandb_project, name=cfg.wandb_name or self.out.name, group=cfg.wandb_group or None,
-            tags=[tag for tag in cfg.wandb_tags.split(",") if tag], notes=cfg.wandb_notes or None,
-            id=mark.read_text(), mode=cfg.wandb_mode, resume=cfg.wandb_resume, dir=str(self.out),
-            config=dataclasses.asdict(cfg) | facts)
+        tags = [tag for tag in cfg.wandb_tags.split(",") if tag]
+        try:
+            import wandb
+            self.wandb = wandb.init(
+                project=cfg.wandb_project, name=cfg.wandb_name or self.out.name, id=mark.read_text(),
+                group=cfg.wandb_group or None, tags=tags, notes=cfg.wandb_notes or None, mode=cfg.wandb_mode,
+                resume=cfg.wandb_resume, dir=str(self.out), config=dataclasses.asdict(cfg) | facts)
+        except ImportError:
+            raise ValueError("--wandb: the package is not installed; pip install wandb") from None
+        except wandb.Error as error:
+            raise ValueError(f"--wandb: {data.one_line(error)} Or give --wandb-mode offline") from error
         if cfg.wandb_watch:
             self.wandb.watch(model, log="all", log_freq=cfg.log_every)
 
@@ -714,8 +724,10 @@ def describe(cfg, origin, model, images, world):
 
 # ---- Ranks and signals -------------------------------------------------------------------------------------
 class Stop:
-    """SIGTERM, SIGINT and SIGUSR1 ask for a checkpoint and an end at the next step; a second ends at once,
-    but within a second it is the same one: a terminal and torchrun both hand it on."""
+    """SIGTERM, SIGINT and SIGUSR1 ask for a checkpoint and an end at the next step; a second ends at once.
+
+    Within a second it is the same one: a terminal and torchrun both hand it on."""
+
     def __init__(self):
         self.signal, self.since = 0, 0.0
         for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -762,6 +774,7 @@ class Profile:
             schedule=torch.profiler.schedule(wait=1, warmup=1, active=2, repeat=1),
             on_trace_ready=lambda trace: trace.export_chrome_trace(str(path)))
         self.trace.start()
+        atexit.register(self.trace.stop)  # open at the end of the process, in a run of few steps, it crashes
 
     def __call__(self, part: str):
         """The time since the last call went into `part`."""
@@ -813,10 +826,9 @@ class Trainer:
         """What all ranks know before a step: loss totals (2,), and whether one of them was told to stop."""
         norm = sum(set_norm(part.targets, self.cfg.num_queries) for part in parts)
         faults = [fault for part in parts for fault in part.faults]
-        for fault in dict.fromkeys(faults):
-            if fault not in self.warned:
-                print(f"warning: {fault}; another image takes its place", file=sys.stderr, flush=True)
-                self.warned.add(fault)
+        for fault in sorted(set(faults) - self.warned):
+            print(f"warning: {fault}; another image takes its place", file=sys.stderr, flush=True)
+        self.warned.update(faults)
         row = torch.tensor([*norm, bool(stop.signal), len(faults)], dtype=torch.float64)
         *norm, stopping, bad = total(row, self.world)
         self.bad += int(bad)
@@ -832,7 +844,9 @@ class Trainer:
         seeds = [slot_seed(cfg.seed, step, first + i) for i in range(len(part.names))]
         prob = eomt.anneal(step, self.windows) if cfg.masked_attn else []
         mask_prob = torch.tensor(prob).to(self.device, non_blocking=True) if any(prob) else None
-        noise = query_noise(seeds, self.raw.num_blocks, cfg.num_queries).to(self.device, non_blocking=True)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        noise = [torch.rand(self.raw.num_blocks, cfg.num_queries, generator=one) for one in generators]
+        noise = torch.stack(noise).to(self.device, non_blocking=True)  # (B, num_blocks, Q)
         targets = part.targets
         if cfg.stage:  # unseen classes have no column: they are in no target and no negative
             column = self.raw.class_head.column
@@ -842,7 +856,12 @@ class Trainer:
             with self.cast:
                 predictions = self.model(part.images, mask_prob, noise)
             self.lap("forward")
-            losses = self.measure(predictions, targets, norm, seeds, part.names)
+            try:
+                losses = self.criterion(predictions, targets, norm, seeds, part.names)
+            except NotFinite as error:  # NaN: this rank takes part in the exchange, all ranks see the same
+                self.fault = str(error).split(";")[0]
+                loss = sum(p.masks.sum() + p.classes.sum() for p in predictions) * torch.nan
+                losses = dict.fromkeys(("loss", "mask", "dice", "class"), loss)
             self.settle()  # its copy has waited for the step before
             if self.cfg.stage and self.raw.distil:
                 losses = self.distill(losses, predictions[-1], targets, norm)
@@ -850,16 +869,6 @@ class Trainer:
             self.scaler.scale(losses["loss"] * self.world).backward()  # DDP averages shares of a sum
             self.lap("backward")
         return {key: value.detach() for key, value in losses.items()}
-
-    def measure(self, predictions, *arguments) -> dict[str, torch.Tensor]:
-        """The criterion. Where the logits are not finite: NaN losses, so that this rank takes part in the
-        exchange of gradients and all ranks see the same."""
-        try:
-            return self.criterion(predictions, *arguments)
-        except NotFinite as error:
-            self.fault = str(error).split(";")[0]
-            loss = sum(p.masks.sum() + p.classes.sum() for p in predictions) * torch.nan
-            return dict.fromkeys(("loss", "mask", "dice", "class"), loss)
 
     def distill(self, losses, last, targets, norm) -> dict[str, torch.Tensor]:
         """Adds how far the adapted tower went from itself: patch by patch, and among texts on true regions.
@@ -923,9 +932,8 @@ class Trainer:
         self.skipped += 1
         text = fault or ", ".join(f"{key} {value:.4g}" for key, value in losses.items())
         mine = (bool(losses["loss"].isfinite()), f"rank {self.rank}: {text}, images {', '.join(names)}")
-        rows = [mine]
+        rows = [mine] * self.world
         if self.world > 1:
-            rows = [None] * self.world
             dist.all_gather_object(rows, mine)
         guilty = [text for good, text in rows if not good] or [text for _, text in rows]
         fault = f"step {step + 1}: not finite, gradient {gradient:.4g} ({', '.join(guilty)})"
@@ -1059,8 +1067,7 @@ def toy_scenes(vocabulary, count: int, seed: int, things: int) -> tuple[torch.Te
     for _ in range(count):
         image, index, segments = data.draw_scene(rng, vocabulary, range(classes), TOY_SIDE, things)
         images.append(image)
-        there = [segments[t - 1][0] for t in np.unique(index) if t]
-        visible.append(np.isin(np.arange(classes), there))
+        visible.append(np.isin(np.arange(classes), [segments[t - 1][0] for t in np.unique(index) if t]))
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.from_numpy(np.stack(visible))
 
 
@@ -1112,21 +1119,23 @@ def pretrain_toy(folder: str | Path, vocabulary, steps: int = 2000, seed: int = 
 
 
 # ---- The run -----------------------------------------------------------------------------------------------
-IMAGES = dict.fromkeys(("coco_panoptic", "coco_instance"), 118287) | dict(cityscapes_semantic=2975)  # train
-IMAGES |= dict.fromkeys((f"ade20k_{kind}" for kind in ("panoptic", "instance", "semantic")), 20210)
+IMAGES = {"coco_panoptic": 118287, "coco_instance": 118287, "cityscapes_semantic": 2975,  # of training
+          "ade20k_panoptic": 20210, "ade20k_instance": 20210, "ade20k_semantic": 20210}
 
 
-def open_data(cfg: Config, rank: int) -> dict[str, data.SegmentDataset]:
-    """The two splits; the procedural world is written first where it is asked for and missing."""
-    task = data.find_task(cfg.data, cfg.task)
+def open_data(cfg: Config, task, rank: int, begin) -> dict[str, data.SegmentDataset]:
+    """The two splits. First the procedural world and the toy tower are made where --quick finds none."""
     if not cfg.data:
         raise ValueError("--data is missing; give the folder that holds the data set's zips, or use --quick")
     seen = seen_classes(task.vocabulary, cfg.split)
-    missing = rank == 0 and not (Path(cfg.data) / "val2017.zip").exists()
-    if missing and cfg.data == QUICK["data"]:
-        data.write_shapes(cfg.data, task.vocabulary, 1024, 128, 0)
-    if missing and cfg.data == QUICK_OPEN["data"]:
-        data.write_shapes(cfg.data, task.vocabulary, 2048, 300, 0, seen)
+    worlds = {QUICK["data"]: (1024, 128, 0), QUICK_OPEN["data"]: (2048, 300, 0, seen)}
+    if rank == 0 and cfg.data in worlds and not (Path(cfg.data) / "val2017.zip").exists():
+        data.write_shapes(cfg.data, task.vocabulary, *worlds[cfg.data])
+    toy = cfg.quick and not begin and cfg.encoder_weights == QUICK_OPEN["encoder_weights"]
+    if rank == 0 and toy and (Path(cfg.encoder_weights) / "model.safetensors").exists():
+        print(f"notice: {cfg.encoder_weights} is there and used as it is; delete it to make a new one")
+    elif rank == 0 and toy:
+        pretrain_toy(cfg.encoder_weights, vocab.SHAPES_OPEN, cfg.pretrain_steps, cfg.seed)
     if dist.is_initialized():
         dist.barrier()
     transform = data.Augment(cfg.size, cfg.scale, cfg.color_jitter)
@@ -1137,12 +1146,6 @@ def open_data(cfg: Config, rank: int) -> dict[str, data.SegmentDataset]:
 
 def open_model(cfg: Config, task, rank: int, sets, begin) -> eomt.OpenVocabEoMT:
     """The model of a stage, and in its meta what evaluation and prediction need beside the weights."""
-    ours = cfg.quick and cfg.encoder_weights == QUICK_OPEN["encoder_weights"]
-    if ours and not cfg.dry_run and not begin:
-        if rank == 0 and not (Path(cfg.encoder_weights) / "model.safetensors").exists():
-            pretrain_toy(cfg.encoder_weights, vocab.SHAPES_OPEN, cfg.pretrain_steps, cfg.seed)
-        if dist.is_initialized():
-            dist.barrier()
     model = make_open(cfg, task.vocabulary, begin)
     if rank == 0 and cfg.stage != "A" and not begin:
         heads = "which train too" if cfg.train_heads else "which stay so without --train-heads"
@@ -1150,10 +1153,10 @@ def open_model(cfg: Config, task, rank: int, sets, begin) -> eomt.OpenVocabEoMT:
               f"{heads}; give a run of the stage before as --init")
     elif rank == 0 and begin:
         print(f"stage {cfg.stage} starts from {cfg.init or cfg.out}")
-    text = cfg.text_weights or cfg.encoder_weights
     seen = seen_classes(task.vocabulary, cfg.split)
-    kept = begin[2] if begin else dict(text=text, tokenizer=cfg.tokenizer, languages=cfg.languages,
-                                       template=cfg.templates, templates=list(vocab.TEMPLATES[cfg.templates]))
+    kept = begin[2] if begin else dict(
+        text=cfg.text_weights or cfg.encoder_weights, tokenizer=cfg.tokenizer, languages=cfg.languages,
+        template=cfg.templates, templates=list(vocab.TEMPLATES[cfg.templates]))
     model.meta = {key: kept[key] for key in ("text", "tokenizer", "template", "templates", "languages")}
     model.meta |= dict(stage=cfg.stage, encoder=cfg.encoder, split=cfg.split, split_policy=cfg.split_policy,
                        trained=[dataclasses.asdict(task.vocabulary), list(seen)], seen=list(seen),
@@ -1202,13 +1205,10 @@ def run(cfg: Config, origin: dict) -> int:
     begin = read_start(cfg) if cfg.stage else None
     if begin:
         inherit(cfg, origin, begin, task.vocabulary)
-    sets = None if cfg.dry_run else open_data(cfg, rank)
+    sets = None if cfg.dry_run else open_data(cfg, task, rank, begin)
     images = len(sets["train"]) if sets else IMAGES.get(cfg.task, cfg.batch_size)
     cfg.steps = cfg.steps or max(1, int(cfg.epochs * (images // cfg.batch_size)))
-    long = 2 * sum(cfg.warmup) > cfg.steps and origin.get("warmup") not in ("flag", "config", "quick")
-    share = np.multiply(cfg.warmup, cfg.steps / 4 / max(1, sum(cfg.warmup)))  # few images: not only warm-up
-    cfg.warmup = tuple(share.astype(int).tolist()) if long else cfg.warmup
-    origin |= {"warmup": "computed"} if long else {}
+    shorten_warmup(cfg, origin)
     model = open_model(cfg, task, rank, sets, begin) if cfg.stage else make_model(cfg, task.vocabulary)
     if rank == 0:
         describe(cfg, origin, model, images, world)

@@ -18,6 +18,7 @@ import data
 import eomt
 import predict
 import train
+import vocab
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [
@@ -89,6 +90,12 @@ def test_profile_splits_the_step(shapes, tmp_path):
         assert min(seconds[1:]) > 0 and 0.8 < sum(seconds) * row["img_s"] / 4 < 1.25, row
     assert re.search(r"^step 4/4 .* ms_data \d+\.\d .* ms_optimiser \d+\.\d$", done.stdout, re.M), done.stdout
     assert len(json.loads((tmp_path / "run" / "trace-0.json").read_text())["traceEvents"]) > 1000
+
+
+def test_profile_of_a_run_shorter_than_its_trace(shapes, tmp_path):
+    """A profiler left open at the end of the process crashed it."""
+    done = run("train.py", *TINY, "--profile", "--steps", 2, "--data", shapes, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
 
 
 # ---- settings ----------------------------------------------------------------------------------------------
@@ -480,9 +487,10 @@ def test_help_names_the_defaults():
 
 
 @pytest.mark.parametrize("script", ["train.py", "eval.py", "predict.py"])
-def test_mistyped_options_are_answered_in_two_lines(script):
+def test_mistyped_options_are_answered_in_one_line(script):
     code, lines = answer(script, "--size", "big", *(["--ckpt", "x"] if script != "train.py" else []))
-    assert code == 2 and len(lines) == 2 and lines[1].endswith("argument --size: invalid int value: 'big'")
+    assert (code, len(lines)) == (1, 1), lines
+    assert lines[0].startswith("error: argument --size: invalid int value: 'big'; ") and "--help" in lines[0]
 
 
 @pytest.mark.parametrize("words,least", [
@@ -494,6 +502,15 @@ def test_numbers_too_small_are_refused(words, least):
     with pytest.raises(ValueError, match=rf"^{words[0]} {words[1]}(\.0)?; give {least} or more$"):
         train.parse(["--data", "x", *words])
     train.parse(["--data", "x", "--stage", "A", "--ov-bias", "-1"])  # the one that may be negative
+
+
+@pytest.mark.parametrize("words,most", [
+    (["--seed", 2**63], 2**63 - 1), (["--seed", 2**64], 2**63 - 1), (["--epochs", "inf"], 10**9),
+    (["--scale", "inf,1"], 10**9), (["--timeout", "inf"], 10**9)])
+def test_numbers_too_large_are_refused(words, most):
+    with pytest.raises(ValueError, match=rf"^{words[0]} .*; give {most} or less$"):
+        train.parse(["--data", "x", *map(str, words)])
+    train.parse(["--data", "x", "--seed", str(2**63 - 1), "--clip-norm", "inf"])  # not clipped at all
 
 
 @pytest.mark.parametrize("words,advice", [
@@ -513,19 +530,125 @@ def test_flags_of_the_stages_need_one(words):
     train.parse(["--data", "x", "--no-lora", "--fuse-last", "1", "--split", "ovp_val"])  # as it is anyway
 
 
-@pytest.mark.parametrize("flag", ["--amp", "--split-policy", "--query-blocks", "--query-init", "--ov-pool"])
+@pytest.mark.parametrize("flag", ["--amp", "--split-policy", "--query-blocks", "--query-init", "--ov-pool",
+                                  "--wandb-mode", "--wandb-resume"])
 def test_unknown_words_are_refused(flag):
     with pytest.raises(ValueError, match=rf"^{flag} foo; one of \w+, "):
         train.parse(["--data", "x", "--stage", "A", flag, "foo"])
 
 
-@pytest.mark.parametrize("content", [b"\xff\xd8", b"[]", b"{}", b"{", b"3"])
+@pytest.mark.parametrize("content", [b"\xff\xd8", b"[]", b"{}", b"{", b"3", b'{"config": [1]}', None])
 def test_config_that_is_none(content, tmp_path):
-    (tmp_path / "x.json").write_bytes(content)
+    if content is not None:
+        (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(ValueError, match="x.json: not a run's config.json; give RUN/config.json"):
+        train.parse(["--config", str(tmp_path / "x.json")])
+    with pytest.raises(ValueError, match=f"^{tmp_path}: not a run's config.json; give RUN/config.json"):
+        train.parse(["--config", str(tmp_path)])
+
+
+def test_config_with_a_setting_that_is_none(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps(dict(config=dict(lr=1, bogus=3))))
+    with pytest.raises(ValueError, match="x.json!bogus: there is no such setting; remove it, or "):
         train.parse(["--config", str(tmp_path / "x.json")])
 
 
+@pytest.mark.parametrize("flags,depth", [(("--encoder", "tiny"), 5), (("--encoder", "dinov2_large"), 24),
+                                         (("--stage", "A", "--encoder", "siglip2_so400m"), 27)])
+@pytest.mark.parametrize("number", ["99", "-1"])
+def test_num_blocks_that_the_encoder_has_not(flags, depth, number):
+    line = f"^--num-blocks {number}: {flags[-1]} has {depth}; give 0 to {depth}$"
+    with pytest.raises(ValueError, match=line):
+        train.parse([*flags, "--num-blocks", number])
+
+
+def test_rope_is_stretched_only_where_there_is_one():
+    for flags in (["--encoder", "tiny"], ["--stage", "A", "--encoder", "siglip2_base"]):
+        with pytest.raises(ValueError, match=rf"^--rope-rescale 2.0: {flags[-1]} has no RoPE; give 1$"):
+            train.parse([*flags, "--rope-rescale", "2"])
+    with pytest.raises(ValueError, match="^--rope-rescale 0.0; give 1 or more$"):
+        train.parse(["--encoder", "dinov3_small", "--rope-rescale", "0"])
+    assert train.parse(["--encoder", "dinov3_small"])[0].rope_rescale == 2
+
+
+def test_resume_and_overwrite_together_remove_nothing(tmp_path):
+    for name in ("config.json", "log.txt"):
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match="already holds a run; --resume continues a run, --overwrite"):
+        train.claim(tmp_path, train.Config(resume=True, overwrite=True))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+# ---- checkpoints that are not of this run ------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def stage_run(tmp_path_factory):
+    """A checkpoint of Stage A with random weights."""
+    cfg, _ = train.parse(["--quick", "--stage", "A", "--encoder-weights", "random"])
+    model = train.make_open(cfg, vocab.SHAPES_OPEN, None)
+    path = tmp_path_factory.mktemp("stage") / "model.safetensors"
+    eomt.save(path, model, stage="A", encoder=cfg.encoder)
+    return path
+
+
+def refused_start(work, *flags):
+    """What `work(model, cfg, print)` or `work(cfg)` says of --init."""
+    cfg, _ = train.parse([*map(str, flags)])
+    with pytest.raises(ValueError) as error:
+        work(cfg) if cfg.stage else work(train.make_model(cfg, vocab.SHAPES), cfg, print)
+    return str(error.value)
+
+
+def test_init_of_another_encoder_names_both(short_run, stage_run):
+    """Where the keys would be listed otherwise; a stage's run is none without --stage."""
+    words = "{}: made with --encoder {}, this run has --encoder {}; give --encoder {}, or another --init"
+    told = refused_start(train.load_start, "--encoder", "dinov2_small", "--size", 64, "--init", short_run[0])
+    assert told == words.format(short_run[0], "tiny", "dinov2_small", "tiny")
+    told = refused_start(train.load_start, "--quick", "--init", stage_run)
+    made = "siglip2_toy --stage A"
+    assert told == words.format(stage_run, made, "tiny", made)
+
+
+def test_stage_that_starts_from_a_run_without_one(short_run):
+    for flags in (["--init", short_run[0]], ["--resume", "--out", short_run[0]]):
+        told = refused_start(train.read_start, "--quick", "--stage", "A", *flags)
+        advice = "leave it out, or give a run of --stage A, B or C"
+        assert told == f"{short_run[0]}: made without --stage; {advice}"
+
+
+def test_adapters_are_not_lost_unsaid(tmp_path):
+    """The message names the run, also where --resume found it."""
+    cfg, _ = train.parse(["--quick", "--stage", "A", "--encoder-weights", "random", "--out", str(tmp_path)])
+    model = train.make_open(cfg, vocab.SHAPES_OPEN, None)
+    with pytest.raises(ValueError, match=f"^{tmp_path}: its adapters would be lost without --lora; use"):
+        train.freeze(model, cfg, {"encoder.blocks.0.attn.qkv.A": None})
+
+
+def test_toy_tower_that_is_there_is_said(tmp_path, monkeypatch, capsys):
+    """Whatever --seed and --pretrain-steps made it: one line, and how to get a new one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(train.QUICK_OPEN, "data", "small")
+    data.write_shapes("small", vocab.SHAPES_OPEN, 2, 1)
+    line = "notice: runs/toy-tower is there and used as it is; delete it to make a new one\n"
+    for said in (0, 1):
+        cfg, _ = train.parse(["--quick", "--stage", "A", "--pretrain-steps", "1", "--seed", str(said)])
+        train.open_data(cfg, data.TASKS["shapes_open"], 0, None)
+        assert capsys.readouterr().out.count(line) == said
+
+
+def test_wandb_that_refuses_is_one_line(tmp_path, monkeypatch):
+    class Error(Exception):
+        pass
+
+    def init(**settings):
+        raise Error("No API key configured. Use `wandb login` to log in.")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Error=Error, init=init))
+    cfg, _ = train.parse(["--quick", "--wandb"])
+    with pytest.raises(ValueError, match=r"^--wandb: No API key .* log in\. Or give --wandb-mode offline$"):
+        train.Log(tmp_path, 0).start_wandb(cfg, None, {})
+
+
+# ---- what follows from the settings ------------------------------------------------------------------------
 def test_encoder_that_nobody_published_starts_random():
     cfg, origin = train.parse(["--data", "x", "--encoder", "tiny"])
     assert cfg.encoder_weights == "random" and origin["encoder_weights"] == "encoder"
