@@ -5,12 +5,15 @@ table per case, with --json the same rows in a file. The first row that ran is o
 that we are faster. Calls of a case alternate and take random inputs in turn.
 
     python bench.py model --encoder dinov2_large --size 640 1280 --batch 1 8 --json model.json
+
+Rivals do the same work on the same inputs; `error` is how far a result is from ours or from float64.
+kernels: PyTorch's attention in several ways, upstream EoMT's first, and plain modules; model, train: EoMT of
+transformers with our weights; data: upstream's loader; metrics: the official tools, and hotcoco in Rust.
 """
 # SPDX-License-Identifier: MIT
-import argparse
 import contextlib
 import copy
-import importlib
+import importlib.metadata
 import io
 import json
 import os
@@ -41,44 +44,47 @@ TABLE = "| | median (p20 / p80) ms | ours / it | rate | % of floor | peak MB | e
 # ---- Measuring. `run`: the parsed flags, with device, cuda and the rows so far -----------------------------
 def clock(run, call, first, repeat=1):
     """Mean seconds of call(first), call(first + 1), ..., and on CUDA the megabytes they add at their peak."""
-    if not run.cuda:
-        began = time.perf_counter()
-        for i in range(first, first + repeat):
-            call(i)
-        return (time.perf_counter() - began) / repeat, None
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
+    if run.cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+    began = time.perf_counter()
     for i in range(first, first + repeat):
         call(i)
+    if not run.cuda:
+        return (time.perf_counter() - began) / repeat, None
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3 / repeat, (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
-def compare(run, case, calls, work=0.0, unit="image/s", floor=None, errors=None):
+def compare(run, case, calls, work=0.0, unit="image/s", floor=None, error=None):
     """Time calls (name -> function of an input number, or the reason why it does not run), print their table.
 
-    work: what one call does, rate = work / seconds; floor: seconds that no call on Hopper goes below.
-    """
+    work: what one call does, rate = work / seconds; floor: seconds that no call on Hopper goes below; error:
+    what a call gives for input 0, and what the first one, ours, gives -> how far off it is."""
     print(f"\n**{case}**\n\n{TABLE}", flush=True)
-    repeat, samples, total = {}, {}, 0
-    for name, call in calls.items():
-        if callable(call):
-            call(0)  # compiles, allocates, fills caches
-            seconds, samples[name] = clock(run, call, 1)[0], []
-            repeat[name] = min(100, max(1, int(0.02 / seconds)))
-            total += repeat[name] * seconds
-    for n in range(3 if run.quick else min(40, max(5, int(20 / total)))):  # about 20 seconds a case
-        for name in samples:
-            samples[name].append(clock(run, calls[name], n * repeat[name], repeat[name]))
+    repeat, samples, errors, total, first = {}, {}, {}, 0, None
+    with contextlib.redirect_stdout(io.StringIO()):  # some rivals talk
+        for name, call in calls.items():
+            if callable(call):
+                result = call(0)  # compiles, allocates, fills caches
+                first = result if first is None else first
+                errors[name] = error(result, first) if error else None
+                del result  # CUDA graphs reuse its memory
+                seconds, samples[name] = clock(run, call, 1)[0], []
+                repeat[name] = min(100, max(1, int(0.02 / seconds)))
+                total += repeat[name] * seconds
+        for n in range(3 if run.quick else min(40, max(5, int(20 / total)))):  # about 20 seconds a case
+            for name in samples:
+                samples[name].append(clock(run, calls[name], n * repeat[name], repeat[name]))
     ours = next(iter(samples.values()))
     for name, call in calls.items():
         if name in samples:
             # Ratios of neighbours in time: what else the machine does weighs on both.
             ratio = np.median([a / b for (a, _), (b, _) in zip(ours, samples[name], strict=True)]).item()
-            show(run, case, name, samples[name], ratio, work, unit, floor, (errors or {}).get(name))
+            show(run, case, name, samples[name], ratio, work, unit, floor, errors[name])
         else:
             print(f"| {name} | {call} | | | | | |", flush=True)
             run.rows.append(dict(case=case, name=name, note=call))
@@ -120,7 +126,7 @@ def regions(count, height, width) -> np.ndarray:
 
 # ---- kernels -----------------------------------------------------------------------------------------------
 def attention_rivals(run, grid):
-    """name -> (mask logits (B,Q,4h,4w) -> mask, attend(q, k, v, mask)), or why it does not run."""
+    """name -> (mask logits (B,Q,4h,4w) -> mask, attend(q, k, v, mask)) of those that run here."""
     sdpa = F.scaled_dot_product_attention
 
     def rows(logits):
@@ -139,8 +145,7 @@ def attention_rivals(run, grid):
                        lambda q, k, v, bits: masked_attention(q, k, v, bits, bits.shape[1])),
               "mask expanded over heads (upstream)":
                   (dense, lambda q, k, v, mask: sdpa(q, k, v, mask.expand(-1, q.shape[1], -1, -1))),
-              "mask[:, None]": (dense, sdpa), "split SDPA": (rows, split),
-              "split SDPA, compiled": "CUDA only", "FlexAttention": "CUDA only"}
+              "mask[:, None]": (dense, sdpa), "split SDPA": (rows, split)}
     if run.cuda:
         flex = importlib.import_module("torch.nn.attention.flex_attention")
         attend = torch.compile(flex.flex_attention)
@@ -176,16 +181,15 @@ def bench_attention(run, size, batch):
     want = attention_step(F.scaled_dot_product_attention, head, mask, rows[:1, :, :hd].double())
     title = f"{run.encoder} {size}: batch {batch}, {row['heads']} heads, {tokens} tokens, {queries} masked"
     for case, passes in (("forward", 1), ("forward + backward", 3.5), ("mask + forward + backward", 3.5)):
-        grad, inputs = rows if passes > 1 else None, [x.requires_grad_(passes > 1) for x in qkv]
-        calls, errors = dict(rivals), {}
-        for name, (mask, attend) in ((name, r) for name, r in rivals.items() if not isinstance(r, str)):
-            late, ready = (mask, logits) if "mask" in case else (lambda x: x, [mask(x) for x in logits])
-            calls[name] = lambda i, a=attend, late=late, ready=ready, x=inputs, grad=grad: attention_step(
-                a, x[i % 3], late(ready[i % 3]), grad)
-            out, *rest = calls[name](0)
-            errors[name] = distance([out[:1, :, :hd], *(g[:1, :, :, :1] for g in rest)], want[:1 + len(rest)])
+        calls, grad, inputs = {}, rows if passes > 1 else None, [x.requires_grad_(passes > 1) for x in qkv]
+        for name, (make, attend) in rivals.items():
+            late, ready = (make, logits) if "mask" in case else (lambda x: x, [make(x) for x in logits])
+            calls[name] = lambda i, attend=attend, late=late, ready=ready, qkv=inputs, grad=grad: \
+                attention_step(attend, qkv[i % 3], late(ready[i % 3]), grad)
+        calls |= {} if run.cuda else dict.fromkeys(("split SDPA, compiled", "FlexAttention"), "CUDA only")
         work = passes * 4 * batch * tokens**2 * row["width"]
-        compare(run, f"masked attention, {case}, {title}", calls, work, "GFLOP/s", work / PEAK, errors)
+        compare(run, f"masked attention, {case}, {title}", calls, work, "GFLOP/s", work / PEAK, lambda got, _:
+                distance([got[0][:1, :, :hd], *(g[:1, :, :, :1] for g in got[1:])], want[:len(got)]))
     moved = logits[0].numel() // 4 * logits[0].element_size()  # the middle 2 x 2 of every 4 x 4
     calls = {name: lambda i, make=rivals[name][0]: make(logits[i % 3]) for name in ("ours", "mask[:, None]")}
     compare(run, f"mask of {tokens} tokens from logits", calls, moved, "GB/s", moved / BANDWIDTH)
@@ -198,8 +202,8 @@ def bench_attention(run, size, batch):
 
     calls = {"ours": lambda i: panoptic_merge(logits[i % 3][0, :20], scores, *[(size, size)] * 2, photo),
              "two F.interpolate": two}
-    compare(run, f"merge of 20 queries, {size} to 480 x 640; error: share of other pixels", calls, 1, errors={
-        "ours": (calls["ours"](0)[0] != two(0)[0]).float().mean().item()})
+    compare(run, f"merge of 20 queries, {size} to 480 x 640; error: share of other pixels", calls, 1,
+            error=lambda got, ours: (got[0] != ours[0]).float().mean().item())
 
 
 def bench_upscale(run, size, batch):
@@ -208,13 +212,14 @@ def bench_upscale(run, size, batch):
     block = eomt.ScaleBlock(width).to(run.device, torch.bfloat16 if run.cuda else torch.float32)
     conv1, conv2, norm = block.children()
     inputs = [torch.randn(batch, side, side, width).to(norm.weight).requires_grad_() for _ in range(3)]
-    first = lambda x: conv2(F.gelu(conv1(x.permute(0, 3, 1, 2).contiguous())))  # noqa: E731
-    rivals = {"ours": block, "modules": lambda x: norm(first(x).permute(0, 2, 3, 1))}
+    stem = torch.nn.Sequential(conv1, torch.nn.GELU(), conv2)
+    rivals = {"ours": block,
+              "modules": lambda x: norm(stem(x.permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1))}
     rivals |= {"modules, compiled": torch.compile(rivals["modules"])} if run.cuda else {}
-    errors = {name: distance([f(inputs[0])], [block(inputs[0])]) for name, f in rivals.items()}
     work, title = 2 * batch * side**2 * width * (4 * width + 36), f"{run.encoder} {size}, batch {batch}"
     calls = {name: torch.no_grad()(lambda i, f=f: f(inputs[i % 3])) for name, f in rivals.items()}
-    compare(run, f"upscale, forward, {title}; error: to ours", calls, work, "GFLOP/s", work / PEAK, errors)
+    compare(run, f"upscale, forward, {title}; error: to ours", calls, work, "GFLOP/s", work / PEAK,
+            lambda got, ours: distance([got], [ours]))
     calls = {name: lambda i, f=f: f(inputs[i % 3]).sum().backward() for name, f in rivals.items()}
     compare(run, f"upscale, forward + backward, {title}", calls, 3 * work, "GFLOP/s", 3 * work / PEAK)
 
@@ -247,7 +252,7 @@ def model_flops(model, size, predictions=1) -> float:
 
 
 def build(run, size):
-    """Our model and, where transformers is installed, theirs with the same weights."""
+    """Our model; theirs with the same weights, or None; what to say of a rival that does not run."""
     row = {"patch": 16, **eomt.ENCODERS[run.encoder]}
     if size % row["patch"]:
         raise ValueError(f"--size {size}: no multiple of the patch size; take a multiple of {row['patch']}")
@@ -256,16 +261,15 @@ def build(run, size):
     if transformers:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        with tempfile.TemporaryDirectory() as folder:
-            eomt.save(folder, model, format="hf")
-            theirs = transformers.AutoModelForUniversalSegmentation.from_pretrained(folder).to(run.device)
-    return model.to(run.device), theirs
+        eomt.save(run.folder, model, format="hf")
+        theirs = transformers.AutoModelForUniversalSegmentation.from_pretrained(run.folder).to(run.device)
+    return model.to(run.device), theirs, "CUDA only" if theirs else "not installed"
 
 
 @torch.no_grad()
 def bench_network(run, size, batch):
     """The network alone, as `segment` runs it; the reference is ours in float64."""
-    model, theirs = build(run, size)
+    model, theirs, missing = build(run, size)
     make = partial(torch.randint, 256, (batch, 3, size, size), dtype=torch.uint8, device=run.device)
     images = [make() for _ in range(3)]  # 3 x (B, 3, S, S)
     want = copy.deepcopy(model).eval().double()(images[0][:1])[-1]
@@ -276,20 +280,21 @@ def bench_network(run, size, batch):
         fast = eomt.accelerate(copy.deepcopy(model), **options)
         return lambda i: eomt._network(fast, images[i % 3], None)
 
-    name, calls = "transformers Eomt", {key: "CUDA only" for key in ("ours, compiled", "ours, fp8, compiled")}
-    calls |= {"ours": ours(), f"{name}, compiled": "CUDA only", name: "not installed"}
+    def rival(network):
+        fields = itemgetter("masks_queries_logits", "class_queries_logits")
+        return lambda i: fields(network(pixel_values=pixels[i % 3]))
+
+    calls = {"ours, compiled": "CUDA only", "ours, fp8, compiled": "CUDA only", "ours": ours(),
+             "transformers Eomt, compiled": missing, "transformers Eomt": missing}
     if run.cuda:
         calls |= {"ours, compiled": ours(batch=batch), "ours, fp8, compiled": ours(fp8=True, batch=batch)}
-    if theirs is not None:
-        theirs, fields = theirs.eval().to(dtype), ("masks_queries_logits", "class_queries_logits")
-        calls[name] = lambda i: itemgetter(*fields)(theirs(pixel_values=pixels[i % 3]))
-    if theirs is not None and run.cuda:
-        fast = torch.compile(theirs, mode="reduce-overhead")
-        calls[f"{name}, compiled"] = lambda i: itemgetter(*fields)(fast(pixel_values=pixels[i % 3]))
-    errors = {key: distance([out[:1] for out in call(0)], want) for key, call in calls.items()
-              if callable(call)}
+    if theirs:
+        calls["transformers Eomt"] = rival(theirs.eval().to(dtype))
+    if theirs and run.cuda:
+        calls["transformers Eomt, compiled"] = rival(torch.compile(theirs, mode="reduce-overhead"))
     work, title = batch * model_flops(model, size), f"network, {run.encoder} {size}, batch {batch}, {dtype}"
-    compare(run, title, calls, work, "GFLOP/s", work / PEAK, errors)
+    compare(run, title, calls, work, "GFLOP/s", work / PEAK,
+            lambda got, _: distance([out[:1] for out in got], want))
 
 
 def bench_processing(run):
@@ -303,7 +308,7 @@ def bench_processing(run):
         masks[:20] += 8 * inside
         classes[:20, :20] += 15 * torch.eye(20)
         logits.append((masks.to(run.device), classes.to(run.device)))
-    padding, name, errors = (0, size - content[1], 0, size - content[0]), "transformers", {}
+    padding, name = (0, size - content[1], 0, size - content[0]), "transformers"
     before = {"ours": lambda i: F.pad(eomt.resize(photo, content), padding), name: "not installed"}
     after = dict(before, ours=lambda i: eomt.panoptic(*logits[i % 3], window, content, shape, thing))
     if pil := optional("transformers.models.eomt.image_processing_pil_eomt"):
@@ -313,10 +318,10 @@ def bench_processing(run):
                    for m, c in logits]
         after[name] = lambda i: processor.post_process_panoptic_segmentation(
             outputs[i % 3], [shape], stuff_classes=list(range(10, 133)))[0]["segmentation"]
-        errors["ours"] = (after["ours"](0).ids != after[name](0) + 1).float().mean().item()
     compare(run, f"pre-processing, 480 x 640 photo to {size}", before, 1)
     compare(run, f"post-processing, {size} to a panoptic map of 480 x 640, 20 of {queries} queries kept; "
-            "error: share of other pixels", after, 1, errors=errors)
+            "error: share of other pixels", after, 1, error=lambda got, ours: (
+                ours.ids != (got.ids if isinstance(got, eomt.Panoptic) else got + 1)).float().mean().item())
 
 
 # ---- train -------------------------------------------------------------------------------------------------
@@ -331,7 +336,6 @@ def bench_loss(run):
     targets = [data.Target.from_masks(masks, np.arange(count)).to(run.device) for masks in ids]
     targets = [targets[i:i + batch] for i in range(0, 3 * batch, batch)]
     losses = {"ours": lambda i: criterion(predictions, targets[i % 3])["loss"]}
-    calls = {"ours": None, "transformers Mask2FormerLoss": "not installed"}
     if transformers := optional("transformers"):
         module = importlib.import_module("transformers.models.mask2former.modeling_mask2former")
         oracle = module.Mask2FormerLoss(transformers.Mask2FormerConfig(num_labels=133), {}).to(run.device)
@@ -340,19 +344,20 @@ def bench_loss(run):
         losses["transformers Mask2FormerLoss"] = lambda i: sum(  # its weights are applied outside it
             value * (2 if "cross_entropy" in key else 5)
             for key, value in oracle(*predictions[0], *truth[i % 3], others).items())
-    calls |= {name: lambda i, f=f: torch.autograd.grad(f(i), leaves) for name, f in losses.items()}
-    errors = {name: abs(f(0).item() / losses["ours"](0).item() - 1) for name, f in losses.items()}
+    calls = {n: lambda i, f=f: (loss := f(i), torch.autograd.grad(loss, leaves)) for n, f in losses.items()}
+    calls.setdefault("transformers Mask2FormerLoss", "not installed")
     compare(run, f"set loss, {layers} layers, batch {batch}, {queries} queries, {count} targets, forward + "
-            "backward; error: of the total to ours on other random points", calls, batch, errors=errors)
+            "backward; error: of the total to ours on other random points", calls, batch,
+            error=lambda got, ours: abs(got[0] / ours[0] - 1).item())
 
 
 def bench_step(run, size, batch):
     """A masked training step in parts, and without data and optimiser against transformers'."""
-    model, theirs = build(run, size)
+    model, theirs, missing = build(run, size)
     optimizer = torch.optim.AdamW(model.train().parameters(), 1e-4, fused=run.cuda)
-    criterion, now, stack = SetLoss(133), SimpleNamespace(), contextlib.ExitStack()
+    criterion, now = SetLoss(133), SimpleNamespace()
     cast = partial(torch.autocast, run.device.type, torch.bfloat16, enabled=run.cuda)
-    batches = data.loader(open_photos(run, stack, size), batch, 10**6)
+    batches = data.loader(open_photos(run, size), batch, 10**6)
     if run.cuda:
         model.compile()
 
@@ -374,8 +379,7 @@ def bench_step(run, size, batch):
 
     parts = dict(data=load, forward=forward, loss=loss)
     parts |= dict(backward=lambda i: now.loss.backward(), optimiser=optimise)
-    with stack:
-        laps = [[clock(run, part, 0) for part in parts.values()] for _ in range(4 if run.quick else 8)][2:]
+    laps = [[clock(run, part, 0) for part in parts.values()] for _ in range(4 if run.quick else 8)][2:]
     whole = [(sum(s for s, _ in lap), max(p for _, p in lap) if run.cuda else None) for lap in laps]
     case = f"training step, {run.encoder} {size}, batch {batch}, data loaded in this process"
     floor = 3 * batch * model_flops(model, size, model.num_blocks + 1) / PEAK  # backward = 2 x forward
@@ -384,9 +388,9 @@ def bench_step(run, size, batch):
     for name, lap in zip(parts, zip(*laps, strict=True), strict=True):
         share = 100 * np.median([a / b for (a, _), (b, _) in zip(lap, whole, strict=True)])
         show(run, case, f"{name}, {share:.0f} %", lap)
-    calls = {"ours": lambda i: [part(i) for name, part in parts.items() if name not in ("data", "optimiser")],
-             "transformers Eomt": "not installed", "transformers Eomt, compiled": "CUDA only"}
-    if theirs is not None:
+    calls = {"ours": lambda i: [parts[part](i) for part in ("forward", "loss", "backward")],
+             "transformers Eomt": missing, "transformers Eomt, compiled": missing}
+    if theirs:
         theirs.train().attn_mask_probs.fill_(1)
         truth = dict(pixel_values=(now.images.float() / 255 - model.mean) / model.std,
                      mask_labels=[t.masks().float() for t in now.targets],
@@ -398,17 +402,17 @@ def bench_step(run, size, batch):
             total.backward()
 
         calls["transformers Eomt"] = rival
-        if run.cuda:
-            calls["transformers Eomt, compiled"] = partial(rival, network=torch.compile(theirs))
+    if theirs and run.cuda:
+        calls["transformers Eomt, compiled"] = partial(rival, network=torch.compile(theirs))
     compare(run, f"forward + loss + backward, {run.encoder} {size}, batch {batch}", calls, batch, floor=floor)
 
 
 # ---- data --------------------------------------------------------------------------------------------------
-def open_photos(run, stack, size, jitter=False) -> data.SegmentDataset:
+def open_photos(run, size, jitter=False) -> data.SegmentDataset:
     """Training crops of --data, else of procedural photos with the pixels of 480 x 640."""
     folder, task = run.data, "auto"
     if not folder:
-        folder, task = stack.enter_context(tempfile.TemporaryDirectory()), "shapes"
+        folder, task = f"{run.folder}/photos", "shapes"
         data.write_shapes(folder, vocab.SHAPES, 4 if run.quick else 24, 1, size=560)
     return data.SegmentDataset(folder, task, "train", data.Augment(size, color_jitter=jitter))
 
@@ -460,31 +464,19 @@ def mask_by_mask(dataset, key):
 
 def bench_data(run, size, batch):
     """Training crops without and with colour jitter, in this process, of the same images."""
-    with contextlib.ExitStack() as stack:
-        for jitter in (False, True):
-            stream = data.loader(dataset := open_photos(run, stack, size, jitter), batch, 10**6)
-            calls = {"ours": lambda i, s=stream: next(s), "mask by mask": lambda i, d=dataset: [
-                mask_by_mask(d, key) for key in data.positions(len(d), batch, 0, i)]}
-            if dataset.task.layout != "coco_panoptic":
-                calls["mask by mask"] = "panoptic data only"
-            case = f"{batch} training crops of {size} with{'' if jitter else 'out'} jitter"
-            compare(run, f"{case} from {run.data or 'procedural photos'}, one core", calls, batch)
+    for jitter in (False, True):
+        stream = data.loader(dataset := open_photos(run, size, jitter), batch, 10**6)
+        calls = {"ours": lambda i, s=stream: next(s), "mask by mask": lambda i, d=dataset: [
+            mask_by_mask(d, key) for key in data.positions(len(d), batch, 0, i)]}
+        if dataset.task.layout != "coco_panoptic":
+            calls["mask by mask"] = "panoptic data only"
+        case = f"{batch} training crops of {size} with{'' if jitter else 'out'} jitter"
+        compare(run, f"{case} from {run.data or 'procedural photos'}, one core", calls, batch)
 
 
 # ---- metrics -----------------------------------------------------------------------------------------------
-def compare_scores(run, case, calls, count):
-    """As compare, for calls that return one number and may print; the error is to ours."""
-    def quiet(i, call):
-        with contextlib.redirect_stdout(io.StringIO()):
-            return call(i)
-
-    calls = {name: partial(quiet, call=call) if callable(call) else call for name, call in calls.items()}
-    scores = {name: call(0) for name, call in calls.items() if callable(call)}
-    compare(run, case, calls, count, errors={name: abs(s - scores["ours"]) for name, s in scores.items()})
-
-
 def bench_pq(run):
-    """Panoptic quality; the rivals also read the maps from PNG files."""
+    """Panoptic quality of 15 regions an image and the same moved; the rivals take nothing but PNG files."""
     count, sides, thing = 4 if run.quick else 200, {"true": [], "pred": []}, [k < 3 for k in range(5)]
     for k in range(count):
         true = regions(15, 480, 640).astype(np.int32) + 1 if k < 20 else sides["true"][k - 20][0]  # (H, W)
@@ -498,22 +490,23 @@ def bench_pq(run):
             metric.update(*pred, *true)
         return metric.compute()["PQ"]
 
-    with tempfile.TemporaryDirectory() as folder:
-        files = []
-        for name, side in sides.items():  # the truth first
-            os.mkdir(f"{folder}/{name}")
-            for k, (ids, _) in enumerate(side):
-                data.write_ids(ids, f"{folder}/{name}/{k}.png")
-            rows = [dict(image_id=k, file_name=f"{k}.png", segments_info=s) for k, (_, s) in enumerate(side)]
-            files.append(Path(folder, f"{name}.json"))
-            files[-1].write_text(json.dumps(dict(
-                images=[dict(id=k, height=480, width=640) for k in range(count)], annotations=rows,
-                categories=[dict(id=k, name=str(k), isthing=int(t)) for k, t in enumerate(thing)])))
-        calls = {"ours": ours, "hotcoco": "not installed", "panopticapi": "not installed"}
-        for name, module in zip(list(calls)[1:], ("hotcoco.panoptic", "panopticapi.evaluation"), strict=True):
-            if found := optional(module):
-                calls[name] = lambda i, f=found: f.pq_compute(*map(str, files))["All"]["pq"]
-        compare_scores(run, f"PQ of {count} maps 480 x 640", calls, count)
+    files = []
+    for name, side in sides.items():  # the truth first
+        os.mkdir(f"{run.folder}/{name}")
+        for k, (ids, _) in enumerate(side):
+            data.write_ids(ids, f"{run.folder}/{name}/{k}.png")
+        rows = [dict(image_id=k, file_name=f"{k}.png", segments_info=s) for k, (_, s) in enumerate(side)]
+        files.append(Path(run.folder, f"{name}.json"))
+        files[-1].write_text(json.dumps(dict(
+            images=[dict(id=k, height=480, width=640) for k in range(count)], annotations=rows,
+            categories=[dict(id=k, name=str(k), isthing=int(t)) for k, t in enumerate(thing)])))
+    calls = {"ours": ours}
+    for name, module in (("hotcoco", "hotcoco.panoptic"), ("panopticapi", "panopticapi.evaluation")):
+        calls[name] = "not installed"
+        if found := optional(module):
+            calls[name] = lambda i, f=found: f.pq_compute(*map(str, files))["All"]["pq"]
+    compare(run, f"PQ of {count} maps 480 x 640, which the rivals read from PNG files", calls, count,
+            error=lambda got, ours: abs(got - ours))
 
 
 def bench_miou(run):
@@ -523,13 +516,14 @@ def bench_miou(run):
 
     def evaluate(metric, order):
         for k in range(count):
-            metric.update(*maps[k % 2][::order])
+            metric.update(*maps[k % 2][::order])  # hotcoco wants the truth first
         return metric
 
     calls = {"ours": lambda i: evaluate(metrics.MeanIoU(19), 1).compute()["mIoU"], "hotcoco": "not installed"}
     if coco := optional("hotcoco"):
         calls["hotcoco"] = lambda i: evaluate(coco.semantic.SemanticEval(19), -1).report()["metrics"]["mIoU"]
-    compare_scores(run, f"mIoU of {count} maps {height} x {width}", calls, count)
+    compare(run, f"mIoU of {count} maps {height} x {width}", calls, count,
+            error=lambda got, ours: abs(got - ours))
 
 
 def bench_ap(run):
@@ -555,24 +549,24 @@ def bench_ap(run):
             metric.update(found, truth, f"{k:09}")
         return metric.compute()["AP"]
 
-    def official(i, truth, evaluation):
+    def official(i, truth, evaluation):  # loadRes reads the detections' RLE, as update does
         done = evaluation(truth, truth.loadRes([*map(dict, results)]), "segm")
         for step in (done.evaluate, done.accumulate, done.summarize):
             step()
         return done.stats[0]
 
-    calls, modules = {"ours": ours}, {"pycocotools": ("pycocotools.coco", "pycocotools.cocoeval"),
-                                      "hotcoco": ("hotcoco", "hotcoco")}
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        path, categories = Path(folder, "true.json"), [dict(id=k, name=str(k)) for k in range(80)]
-        frames = [dict(id=k, height=480, width=640) for k in range(count)]
-        path.write_text(json.dumps(dict(images=frames, annotations=objects, info={}, categories=categories)))
-        for name, (coco, evaluation) in modules.items():
-            calls[name] = "not installed"
-            if optional(coco):
-                calls[name] = partial(official, truth=optional(coco).COCO(str(path)),
-                                      evaluation=optional(evaluation).COCOeval)
-    compare_scores(run, f"mask AP of {count} images, 30 detections, 8 objects each, from RLE", calls, count)
+    path, categories = Path(run.folder, "objects.json"), [dict(id=k, name=str(k)) for k in range(80)]
+    frames = [dict(id=k, height=480, width=640) for k in range(count)]
+    path.write_text(json.dumps(dict(images=frames, annotations=objects, info={}, categories=categories)))
+    calls = {"ours": ours}
+    for name, *names in (("pycocotools", "pycocotools.coco", "pycocotools.cocoeval"),
+                         ("hotcoco", "hotcoco", "hotcoco")):
+        coco, evaluation = map(optional, names)
+        with contextlib.redirect_stdout(io.StringIO()):
+            calls[name] = partial(official, truth=coco.COCO(str(path)),
+                                  evaluation=evaluation.COCOeval) if coco else "not installed"
+    compare(run, f"mask AP of {count} images, 30 detections, 8 objects each, from RLE", calls, count,
+            error=lambda got, ours: abs(got - ours))
 
 
 # ---- main --------------------------------------------------------------------------------------------------
@@ -589,7 +583,7 @@ SUBJECTS = {
 
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    p = data.Arguments(description=__doc__.splitlines()[0], allow_abbrev=False)
     p.add_argument("subject", choices=SUBJECTS)
     p.add_argument("--encoder", choices=eomt.ENCODERS)
     p.add_argument("--size", type=int, nargs="+", help="pixels of a side, one or more")
@@ -598,36 +592,42 @@ def parser():
     p.add_argument("--json", help="also write the rows to this file")
     p.add_argument("--threads", type=int, default=1, help="CPU threads")
     p.add_argument("--quick", action="store_true", help="small shapes, seconds")
+    p.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return p
 
 
-def main():
-    run = parser().parse_args()
+def measure(argv):
+    run = parser().parse_args(argv)
     run.cuda, run.rows = torch.cuda.is_available(), []
     run.device = torch.device("cuda" if run.cuda else "cpu")
     each, once, gpu, cpu = SUBJECTS[run.subject]
     encoder, size, batch = ("tiny", [64], [2]) if run.quick else gpu if run.cuda else cpu
     run.encoder, run.size, run.batch = run.encoder or encoder, run.size or size, run.batch or batch
     if min(*run.size, *run.batch, run.threads) < 1:
-        sys.exit("error: --size, --batch, --threads: numbers from 1 on; see --help")
+        raise ValueError("--size, --batch, --threads: numbers from 1 on; see --help")
+    if run.json:
+        Path(run.json).open("ab").close()  # what cannot be written is known now, not after the measuring
     torch.set_num_threads(run.threads)
     os.environ.setdefault("RAYON_NUM_THREADS", str(run.threads))  # hotcoco's
-    about = dict(command=f"python bench.py {' '.join(sys.argv[1:])}",
+    versions = {package.name: package.version for package in importlib.metadata.distributions()}
+    rivals = ("transformers", "panopticapi", "pycocotools", "hotcoco")
+    about = dict(command=f"python bench.py {' '.join(argv)}",
                  gpu=torch.cuda.get_device_name() if run.cuda else "none", torch=torch.__version__,
                  triton=getattr(optional("triton"), "__version__", "not installed"),
-                 cpu=f"{torch.backends.cpu.get_cpu_capability()}, {run.threads} thread(s)")
+                 cpu=f"{torch.backends.cpu.get_cpu_capability()}, {run.threads} thread(s)",
+                 rivals=", ".join(f"{name} {versions.get(name, 'not installed')}" for name in rivals))
     print("\n".join(f"{key}: {value}" for key, value in about.items()), flush=True)
-    try:
-        if run.json:
-            Path(run.json).touch()  # a wrong path is known now, not after the measuring
-        torch.manual_seed(0)
-        sized = [partial(case, size=s, batch=b) for case in each for s in run.size for b in run.batch]
+    torch.manual_seed(0)
+    sized = [partial(case, size=s, batch=b) for case in each for s in run.size for b in run.batch]
+    with tempfile.TemporaryDirectory() as run.folder:
         for case in [*sized, *once]:
             case(run)
-        if run.json:
-            Path(run.json).write_text(json.dumps(dict(**about, rows=run.rows), indent=1))
-    except (ValueError, OSError) as fault:
-        sys.exit(f"error: {data.one_line(fault)}")
+    if run.json:
+        Path(run.json).write_text(json.dumps(dict(**about, rows=run.rows), indent=1))
+
+
+def main():
+    data.command(measure, sys.argv[1:])
 
 
 if __name__ == "__main__":

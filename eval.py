@@ -13,6 +13,7 @@ Evaluation never skips an image: the score is of the whole set, or there is none
 import argparse
 import itertools
 import json
+import math
 import os
 import sys
 import time
@@ -115,22 +116,20 @@ def percent(value):
 # ---- A data set --------------------------------------------------------------------------------------------
 def make_metric(meta):
     """(metric, how to add an image, headline number, its name in the per-class rows) for a model's kind."""
-    if meta["kind"] == "panoptic":
-        return metrics.PanopticQuality(meta["thing"]), add_panoptic, "PQ", "PQ"
-    if meta["kind"] == "semantic":
-        return metrics.MeanIoU(len(meta["names"])), add_semantic, "mIoU", "IoU"
-    return metrics.MaskAP(len(meta["names"])), add_instance, "AP", "AP"
+    count = len(meta["names"])
+    return {"panoptic": (metrics.PanopticQuality(meta["thing"]), add_panoptic, "PQ", "PQ"),
+            "semantic": (metrics.MeanIoU(count), add_semantic, "mIoU", "IoU"),
+            "instance": (metrics.MaskAP(count), add_instance, "AP", "AP")}[meta["kind"]]
 
 
 def split_groups(meta) -> dict[str, list[int]]:
     """The classes of a split: seen, unseen, and the latter's things and stuff; {} without unseen ones."""
-    classes, seen = range(len(meta["names"])), meta.get("seen")
-    unseen = meta.get("unseen") or [k for k in classes if k not in (classes if seen is None else seen)]
-    if not unseen:
-        return {}
-    parts = {f"unseen_{name}": [k for k in unseen if meta["thing"][k] == flag]
-             for name, flag in (("th", True), ("st", False))}
-    return dict(seen=list(seen), unseen=list(unseen), **parts)
+    classes = range(len(meta["names"]))
+    seen = meta.get("seen", classes)
+    unseen = meta.get("unseen") or [k for k in classes if k not in seen]
+    things = [k for k in unseen if meta["thing"][k]]
+    stuff = [k for k in unseen if not meta["thing"][k]]
+    return dict(seen=list(seen), unseen=list(unseen), unseen_th=things, unseen_st=stuff) if unseen else {}
 
 
 def conclude(metric, meta, headline, column) -> tuple[dict, list]:
@@ -152,13 +151,11 @@ def conclude(metric, meta, headline, column) -> tuple[dict, list]:
 def evaluate(model, dataset, rank=0, world=1, workers=0, limit=0, masked=False, exports=()) -> Result:
     """Numbers of `model` on `dataset` (data.SegmentDataset, no transform); `model.meta` says kind and names.
     limit: only the first images (then `partial`); masked: masked attention as in training; exports: each is
-    called with every (result, sample). Runs on the model's device; every rank gets the same Result.
-    """
+    called with every (result, sample). Runs on the model's device; every rank gets the same Result."""
     return evaluate_each(model, dataset, [lambda: None], rank, world, workers, limit, masked, exports)[0]
 
 
-def evaluate_each(model, dataset, turns, rank=0, world=1, workers=0, limit=0, masked=False,
-                  exports=()) -> list[Result]:
+def evaluate_each(model, dataset, turns, rank, world, workers, limit, masked, exports=()) -> list[Result]:
     """A Result for each of `turns`: every batch is asked about as often, after a call of each."""
     began, meta, training = time.time(), model.meta, model.training
     kinds = [make_metric(meta) for _ in turns]
@@ -200,7 +197,6 @@ def evaluate_each(model, dataset, turns, rank=0, world=1, workers=0, limit=0, ma
 # ---- Open vocabulary: true regions, calibration, sweeps ----------------------------------------------------
 # Ensemble scores of many classes are flat: no score threshold (as FC-CLIP), and masks may overlap more.
 THRESHOLDS = dict(score_threshold=0.0, overlap_threshold=0.6)
-FITTED_ON = 256  # validation images that `auto` looks at
 
 
 def windows(model, dataset, limit=0):
@@ -265,7 +261,7 @@ class Replay(torch.nn.Module):
 
 
 @torch.inference_mode()
-def seen_matches(model, dataset, limit=FITTED_ON):
+def seen_matches(model, dataset, limit=256):  # validation images that `auto` looks at
     """Logits in (n,K+1), out (n,K), labels (n,) of masks with IoU > 0.5 on a segment of a seen class."""
     head, replay, rows = model.class_head, Replay(model).eval(), []
     for image, truth, labels in windows(model, dataset, limit):
@@ -302,6 +298,8 @@ def calibrate(model, dataset, options) -> None:
         temps = [siglip2.fit_temperature(logits[:, :len(head.seen)], labels) for logits in (l_in, l_out)]
     else:
         temps = number_list("--ov-temp", options.ov_temp, 2)
+    if min(temps) <= 0:
+        raise ValueError(f"--ov-temp {options.ov_temp}: not above 0; 1 leaves the logits as they are")
     values |= dict(temp_in=temps[0], temp_out=temps[-1])
     head.calibrate(**values)
     if options.ov_reject == "auto":  # 5 % of the right masks are given up
@@ -318,7 +316,7 @@ def number_list(flag: str, text: str, most: int) -> list[float]:
         values = [float(part) for part in str(text).split(",")]
     except ValueError:
         values = []
-    if not 1 <= len(values) <= most:
+    if not 1 <= len(values) <= most or any(math.isnan(value) for value in values):
         raise ValueError(f"{flag} {text}: not auto, nor numbers with commas ({most} at most); see --help")
     return values
 
@@ -332,26 +330,28 @@ def class_bias(model, source: str) -> list[float]:
             raise ValueError("--ov-class-bias auto: no class counts of this vocabulary; give a JSON file")
         return siglip2.frequency_bias(torch.tensor(counts).float(), head.seen.cpu()).tolist()
     try:
-        values = json.loads(Path(source).read_text())
-    except ValueError:
-        values = None
-    if not isinstance(values, list) or len(values) != len(head.seen):
+        values = [float(value) for value in json.loads(Path(source).read_text())]
+    except (ValueError, TypeError):
+        values = []
+    if len(values) != len(head.seen):
         raise ValueError(f"{source}: not a JSON list of {len(head.seen)} numbers, one a class")
-    return [float(value) for value in values]
+    return values
 
 
 def sweep(model, dataset, args, rank, world) -> Result:
     """A line per value of `--sweep ov-bias=0,0.5`; the network sees every image once."""
     flag, _, listed = args.sweep.partition("=")
-    name, replay, turns = flag.replace("-", "_"), Replay(model), []
-    if name not in ("ov_bias", "ov_alpha", "ov_beta", "ov_temp", "ov_reject") or not listed:
+    if args.out:
+        raise ValueError(f"--out {args.out}: --sweep writes no file; leave it out and keep the lines")
+    kinds = {f"ov-{name}": kind for name, kind, _ in OV_OPTIONS if name not in ("pool", "class-bias")}
+    if flag not in kinds or not listed:
         raise ValueError(f"--sweep {args.sweep}: write ov-bias=0,0.5,1, or ov-alpha, -beta, -temp, -reject")
-    values = number_list("--sweep", listed, 1000)
+    values, replay, turns = number_list(f"--sweep {flag}", listed, 1000), Replay(model), []
     for value in values:
-        setattr(args, name, value if name in ("ov_bias", "ov_alpha", "ov_beta") else str(value))
+        setattr(args, flag.replace("-", "_"), kinds[flag](value))
         calibrate(model, dataset, args)
         turns.append(partial(replay.turn, not turns, model.meta["calibration"]))
-    results = evaluate_each(replay, dataset, turns, rank, world, args.workers, args.limit)
+    results = evaluate_each(replay, dataset, turns, rank, world, args.workers, args.limit, args.masked_attn)
     for value, result in zip(values, results, strict=True):
         if rank == 0:
             print(f"{flag} {value:g}: {line(result)}")
@@ -359,45 +359,40 @@ def sweep(model, dataset, args, rank, world) -> Result:
 
 
 # ---- Exports in the layouts of the official tools ----------------------------------------------------------
-def export_panoptic(folder, task, result, sample) -> list[dict]:
-    """COCO's panoptic submission: FOLDER/NAME.png, and in FOLDER.json a row."""
-    ids, name = result.ids.cpu().numpy(), str(Path(sample.name).with_suffix(".png"))
-    data.write_ids(ids, folder / name)
-    areas = np.bincount(ids.ravel(), minlength=len(result.labels) + 1)
-    segments = [dict(id=s, category_id=task.vocabulary.ids[label], area=int(areas[s]))
-                for s, label in enumerate(result.labels.tolist(), 1)]
-    return [dict(image_id=sample.image_id, file_name=name, segments_info=segments)]
-
-
-def export_instance(path, task, result, sample) -> list[dict]:
-    """COCO's instance results: a row of image_id, category_id, RLE segmentation and score each."""
-    columns = result.masks.cpu().numpy(), result.labels.tolist(), result.scores.tolist()
-    return [dict(image_id=sample.image_id, category_id=task.vocabulary.ids[label], score=score,
-                 segmentation=metrics.rle_encode(mask)) for mask, label, score in zip(*columns, strict=True)]
-
-
-def export_semantic(folder, task, result, sample) -> list[dict]:
-    """FOLDER/NAME.png with the data set's own label values: ADE20K 1..150, Cityscapes labelIds."""
-    values = np.array(task.vocabulary.ids, np.uint8) + data.PAIRS[task.layout].offset  # (K,)
-    Image.fromarray(values[result.cpu().numpy()]).save(folder / Path(sample.name).with_suffix(".png"))
-    return []
-
-
-EXPORTS = dict(panoptic=export_panoptic, instance=export_instance, semantic=export_semantic)
-
-
 class Export:
-    """Called with every (result, sample), it writes the former as the official tools want them at `path`."""
+    """Called with every (result, sample), it writes the former at `path` as the official tools want them.
+
+    panoptic: COCO's submission, PATH/NAME.png and in PATH.json a row; instance: COCO's results, in PATH a row
+    of image_id, category_id, RLE segmentation and score each; semantic: PATH/NAME.png with the data set's own
+    label values: ADE20K 1..150, Cityscapes labelIds."""
 
     def __init__(self, path: str, task: data.Task):
-        self.path, self.task, self.rows = Path(path), task, []
+        self.path, self.task, self.rows = Path(path).resolve(), task, []  # resolved, "." has a name
+        self.file = dict(panoptic=Path(f"{self.path}.json"), instance=self.path).get(task.kind)
         folder = self.path.parent if task.kind == "instance" else self.path
         folder.mkdir(parents=True, exist_ok=True)
+        if self.file:
+            self.file.open("ab").close()  # what cannot be written is known now, not after the evaluation
 
     def __call__(self, result, sample):
-        if self.task.kind != "instance":  # pictures of one name may lie in several folders
-            (self.path / sample.name).parent.mkdir(parents=True, exist_ok=True)
-        self.rows += EXPORTS[self.task.kind](self.path, self.task, result, sample)
+        classes, name = self.task.vocabulary.ids, Path(sample.name).with_suffix(".png")
+        if self.task.kind == "instance":
+            columns = result.masks.cpu().numpy(), result.labels.tolist(), result.scores.tolist()
+            self.rows += [dict(image_id=sample.image_id, category_id=classes[label], score=score,
+                               segmentation=metrics.rle_encode(mask))
+                          for mask, label, score in zip(*columns, strict=True)]
+            return
+        (self.path / name).parent.mkdir(parents=True, exist_ok=True)  # one name may lie in several folders
+        if self.task.kind == "semantic":
+            values = np.array(classes, np.uint8) + data.PAIRS[self.task.layout].offset  # (K,)
+            Image.fromarray(values[result.cpu().numpy()]).save(self.path / name)
+            return
+        ids = result.ids.cpu().numpy()
+        data.write_ids(ids, self.path / name)
+        areas = np.bincount(ids.ravel(), minlength=len(result.labels) + 1)
+        segments = [dict(id=s, category_id=classes[label], area=int(areas[s]))
+                    for s, label in enumerate(result.labels.tolist(), 1)]
+        self.rows.append(dict(image_id=sample.image_id, file_name=str(name), segments_info=segments))
 
     def finish(self, rank, world):
         """Rank 0 writes the rows of all ranks in the order of their images."""
@@ -405,10 +400,8 @@ class Export:
         if world > 1:
             dist.all_gather_object(parts, self.rows)
         rows = sorted(itertools.chain(*parts), key=lambda row: row["image_id"])
-        if rank == 0 and self.task.kind == "panoptic":
-            self.path.with_name(self.path.name + ".json").write_text(json.dumps(dict(annotations=rows)))
-        elif rank == 0 and self.task.kind == "instance":
-            self.path.write_text(json.dumps(rows))
+        if rank == 0 and self.file:
+            self.file.write_text(json.dumps(dict(annotations=rows) if self.task.kind == "panoptic" else rows))
 
 
 OV_OPTIONS = (("pool", str, "map, value or mean"), ("alpha", float, "region weight of seen classes"),
@@ -420,22 +413,23 @@ OV_KEYS = ["ov_" + name.replace("-", "_") for name, _, _ in OV_OPTIONS]
 
 # ---- Command line ------------------------------------------------------------------------------------------
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(usage="%(prog)s --ckpt CKPT [options]; --help lists them",
-                                  description=__doc__.split("\n")[0], allow_abbrev=False)
+    top = data.Arguments(usage="%(prog)s --ckpt CKPT [options]", description=__doc__.split("\n")[0],
+                         allow_abbrev=False)
     top.add_argument("--ckpt", required=True, help="run folder (best, else newest), step folder or file")
     top.add_argument("--base", default="", help="DINOv3 encoder that a delta checkpoint is added to")
     top.add_argument("--data", default="", help="data folder; default: the one the run was trained on")
-    top.add_argument("--task", default="", help=f"{', '.join(data.TASKS)}; default: the checkpoint's")
+    top.add_argument("--task", default="", help=f"auto, {', '.join(data.TASKS)}; default: the checkpoint's")
     top.add_argument("--size", type=int, default=0, help="network input side; default: the checkpoint's")
     top.add_argument("--masked-attn", action="store_true", help="masked attention as in training")
     top.add_argument("--limit", type=int, default=0, help="only this many images; the line then says partial")
     top.add_argument("--workers", type=int, default=2, help="data processes a rank")
-    top.add_argument("--save-panoptic", default="", metavar="DIR", help="write COCO's panoptic submission")
-    top.add_argument("--save-instance", default="", metavar="FILE", help="write COCO's instance results")
-    top.add_argument("--save-semantic", default="", metavar="DIR", help="write label PNGs")
+    one = top.add_mutually_exclusive_group()
+    one.add_argument("--save-panoptic", default="", metavar="DIR", help="write COCO's panoptic submission")
+    one.add_argument("--save-instance", default="", metavar="FILE", help="write COCO's instance results")
+    one.add_argument("--save-semantic", default="", metavar="DIR", help="write label PNGs")
+    one.add_argument("--gt-masks", action="store_true", help="only name regions of true masks")
+    one.add_argument("--sweep", default="", metavar="ov-bias=0,0.5", help="a line per value")
     top.add_argument("--split", default="", help="unseen classes: " + ", ".join(vocab.SPLITS) + ", a file")
-    top.add_argument("--gt-masks", action="store_true", help="only name regions of true masks")
-    top.add_argument("--sweep", default="", metavar="ov-bias=0,0.5", help="a line per value")
     top.add_argument("--text-weights", default="", help="SigLIP 2 with the text tower, for other classes")
     top.add_argument("--tokenizer", default="", help="its tokenizer; default: in its folder")
     top.add_argument("--templates", default="", help=", ".join(vocab.TEMPLATES) + "; default: training's")
@@ -464,25 +458,26 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser().parse_args(argv)
     if min(args.limit, args.workers) < 0:
         raise ValueError(f"--limit {args.limit}, --workers {args.workers}: below 0; give 0 or more")
-    if args.out and (Path(args.out).is_dir() or not Path(args.out).parent.is_dir()):  # known now, not later
+    if args.out and (Path(args.out).is_dir() or not Path(args.out).parent.is_dir()):
         raise FileNotFoundError(f"--out {args.out}: not a file in a folder that is there; give another")
+    if args.out:
+        Path(args.out).open("ab").close()  # what cannot be written is known now, not after the evaluation
     return args
 
 
 def load_model(args) -> eomt.EoMT:
     """The checkpoint's model; with --gt-masks a bare SigLIP 2 will do too."""
-    folder, names = Path(args.ckpt), ("tokenizer.json", "tokenizer.model")
-    folder = siglip2.fetch(folder) if args.gt_masks else folder
-    if not args.gt_masks or not any((folder / name).exists() for name in names):
+    folder = siglip2.fetch(Path(args.ckpt)) if args.gt_masks else None
+    if not folder or not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         return eomt.load(args.ckpt, args.device, args.base or None)
     words = data.find_task(args.data, args.task or "auto").vocabulary
     said = dict(languages=args.languages or "en", template=args.templates or "default")
     texts = vocab.prompts(words, said["languages"].split(","), said["template"])
     text = siglip2.text_rows(args.text_weights or folder, args.tokenizer, texts)
     tower = siglip2.load(folder, "vision")
-    count = len(words.names)
-    head = siglip2.OpenVocabHead(tower.width, *text[:2], [True] * count, *text[2:])
-    model, every = eomt.OpenVocabEoMT(tower, head, 1, 1), list(range(count))
+    every = list(range(len(words.names)))
+    head = siglip2.OpenVocabHead(tower.width, *text[:2], [True] * len(every), *text[2:])
+    model = eomt.OpenVocabEoMT(tower, head, 1, 1)
     model.meta = dict(size=tower.config["grid"] * tower.patch, text=str(folder), names=list(words.names),
                       seen=every, trained=[asdict(words), every], **said)
     return model.to(args.device).eval()
@@ -534,9 +529,10 @@ def report_regions(model, dataset, args):
 
 def open_task(model: eomt.EoMT, args) -> tuple[data.Task, str]:
     """Task and data folder: from the flags, else from the checkpoint, else what its class count leaves."""
-    root = args.data or model.meta.get("data")
-    if not root:
-        raise ValueError("--data is missing; give the folder that holds the data set's zips")
+    root = args.data or model.meta.get("data", "")
+    if not root or not args.data and not Path(root).exists():
+        found = f"that of the training, {root}, is not there" if root else "the checkpoint names none"
+        raise ValueError(f"--data is missing, and {found}; give the folder that holds the data set's zips")
     classes, name = model.config["num_classes"], args.task or model.meta.get("task")
     task = data.find_task(root, name) if name else data.fit_task(classes, args.ckpt)
     words = task.vocabulary
@@ -550,10 +546,13 @@ def open_task(model: eomt.EoMT, args) -> tuple[data.Task, str]:
 
 
 def open_exports(args, task) -> list:
-    wanted = {kind: target for kind in EXPORTS if (target := getattr(args, f"save_{kind}"))}
-    for kind in wanted.keys() - {task.kind}:
+    wanted = dict(panoptic=args.save_panoptic, instance=args.save_instance, semantic=args.save_semantic)
+    for kind in (kind for kind, path in wanted.items() if path and kind != task.kind):
         raise ValueError(f"--save-{kind}: {task.name} is {task.kind}; use --save-{task.kind}")
-    return [Export(target, task) for target in wanted.values()]
+    exports = [Export(path, task) for path in wanted.values() if path]
+    if args.out and Path(args.out).resolve() in [export.file for export in exports]:
+        raise ValueError(f"--out {args.out}: --save-{task.kind} writes there too; give another file")
+    return exports
 
 
 def run(args) -> Result:
@@ -562,7 +561,7 @@ def run(args) -> Result:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     model = load_model(args)
     if args.size < 0 or args.size % model.encoder.patch:
-        raise ValueError(f"--size {args.size}: no multiple of the patch size {model.encoder.patch}")
+        raise ValueError(f"--size {args.size}: no multiple of the patch size {model.encoder.patch}; give one")
     model.meta["size"] = args.size or model.meta["size"]
     task, root = open_task(model, args)
     dataset = data.SegmentDataset(root, task, "val")
@@ -570,18 +569,19 @@ def run(args) -> Result:
         return report_regions(model, dataset, args)
     if world > 1:
         dist.init_process_group("gloo")
+    exports = open_exports(args, task)
     open_options(model, dataset, args)
     eomt.accelerate(model, args.fp8, 8 if args.compile else 0)
     if args.sweep:
-        return sweep(model, dataset, args, rank, world)
-    exports = open_exports(args, task)
-    result = evaluate(model, dataset, rank, world, args.workers, args.limit, args.masked_attn, exports)
-    for export in exports:
-        export.finish(rank, world)
-    if rank == 0:
-        print(line(result))
-        if args.out:
-            Path(args.out).write_text(json.dumps(dict(result.numbers, images=result.images), indent=1))
+        result = sweep(model, dataset, args, rank, world)
+    else:
+        result = evaluate(model, dataset, rank, world, args.workers, args.limit, args.masked_attn, exports)
+        for export in exports:
+            export.finish(rank, world)
+        if rank == 0:
+            print(line(result))
+            if args.out:
+                Path(args.out).write_text(json.dumps(dict(result.numbers, images=result.images), indent=1))
     if world > 1:
         dist.destroy_process_group()
     return result

@@ -8,10 +8,10 @@ Results come in COCO's panoptic layout: NAME.png with id = R + 256 G + 65536 B, 
 The drawing functions also make train.py's pictures; they need Pillow only.
 """
 # SPDX-License-Identifier: MIT
-import argparse
 import colorsys
 import glob
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -44,10 +44,8 @@ def overlay(image: np.ndarray, ids: np.ndarray, rows: list[dict], alpha=0.55) ->
         count[row["category"]] = count.get(row["category"], -1) + 1
         table[row["id"]] = np.array(colour(row["category"])) * (1 - 0.15 * (count[row["category"]] % 4))
     mixed = np.where(ids[..., None] > 0, (1 - alpha) * image + alpha * table[ids], 0.4 * image)  # (H, W, 3)
-    edge = np.zeros(ids.shape, bool)  # (H, W)
-    edge[:, 1:] |= ids[:, 1:] != ids[:, :-1]
-    edge[1:] |= ids[1:] != ids[:-1]
-    mixed[edge] = 255
+    mixed[:, 1:][ids[:, 1:] != ids[:, :-1]] = 255  # outlines
+    mixed[1:][ids[1:] != ids[:-1]] = 255
     picture = Image.fromarray(mixed.astype(np.uint8))
     draw = ImageDraw.Draw(picture)
     for row in rows:
@@ -59,32 +57,25 @@ def overlay(image: np.ndarray, ids: np.ndarray, rows: list[dict], alpha=0.55) ->
     return picture
 
 
-def instance_ids(result: eomt.Instances, threshold=0.5) -> tuple[np.ndarray, list[int]]:
-    """One id map (H,W) of the instances above the score threshold, best on top, and their rows."""
-    rows = (result.scores >= threshold).nonzero()[:, 0].tolist()
-    ids = np.zeros(tuple(result.masks.shape[1:]), np.int32)  # (H, W)
-    for number, row in reversed(list(enumerate(rows, 1))):
-        ids[result.masks[row].cpu().numpy()] = number
-    return ids, rows
-
-
 def segments(ids, labels, scores, names) -> list[dict]:
     """A row per segment of an id map: id, category (class index), name, score, area, text to draw."""
     areas = np.bincount(ids.ravel(), minlength=len(labels) + 1).tolist()
     rows = []
-    for number, (label, score) in enumerate(zip(labels, scores, strict=True), 1):
+    for n, (label, score) in enumerate(zip(labels, scores, strict=True), 1):
         text = names[label] if score is None else f"{names[label]} {score:.2f}"
-        row = dict(id=number, category=label, name=names[label], score=score, area=areas[number], text=text)
-        rows.append(row)
+        rows.append(dict(id=n, category=label, name=names[label], score=score, area=areas[n], text=text))
     return rows
 
 
 def layers(result, kind, names) -> tuple[np.ndarray, list[dict]]:
-    """A result of `eomt.segment` as one id map (H,W), 0 = nothing, and its rows."""
+    """A result of `eomt.segment` as one id map (H,W), 0 = nothing, and its rows; of instances the likely."""
     if kind == "panoptic":
         ids, labels, scores = result.ids.cpu().numpy(), result.labels.tolist(), result.scores.tolist()
     elif kind == "instance":
-        ids, rows = instance_ids(result)
+        rows = (result.scores >= 0.5).nonzero()[:, 0].tolist()
+        ids = np.zeros(tuple(result.masks.shape[1:]), np.int32)  # (H, W)
+        for number, row in reversed(list(enumerate(rows, 1))):  # the best one, which is first, comes on top
+            ids[result.masks[row].cpu().numpy()] = number
         labels, scores = result.labels[rows].tolist(), result.scores[rows].tolist()
     else:
         labels, ids = np.unique(result.cpu().numpy(), return_inverse=True)
@@ -98,13 +89,12 @@ def truth_layers(target, names) -> tuple[np.ndarray, list[dict]]:
     ids = np.zeros(target.ids.shape[1:], np.int32)  # (H, W)
     for t, mask in enumerate(target.masks().numpy()):
         ids[mask] = t + 1
-    labels = target.labels.tolist()
-    return ids, segments(ids, labels, [None] * len(labels), names)
+    return ids, segments(ids, target.labels.tolist(), [None] * len(target.labels), names)
 
 
 def draw_comparison(model, dataset, path, count=6, height=220):
     """Rows of photo | target | prediction for the first validation images."""
-    meta, strips = model.meta, []
+    meta, rows = model.meta, []
     for index in range(min(count, len(dataset))):
         sample = dataset[index]
         photo = sample.image.permute(1, 2, 0).numpy()  # (H, W, 3)
@@ -113,16 +103,15 @@ def draw_comparison(model, dataset, path, count=6, height=220):
         photo = photo.repeat(zoom, 0).repeat(zoom, 1)  # (zH, zW, 3)
         parts = [Image.fromarray(photo)]
         truth = truth_layers(sample.target, meta["names"])
-        for ids, rows in (truth, layers(result, meta["kind"], meta["names"])):
-            parts.append(overlay(photo, ids.repeat(zoom, 0).repeat(zoom, 1), rows))
+        for ids, segments in (truth, layers(result, meta["kind"], meta["names"])):
+            parts.append(overlay(photo, ids.repeat(zoom, 0).repeat(zoom, 1), segments))
         width = round(height * photo.shape[1] / photo.shape[0])
-        strip = Image.new("RGB", (3 * width + 8, height), "white")
-        for k, part in enumerate(parts):
-            strip.paste(part.resize((width, height)), (k * (width + 4), 0))
-        strips.append(strip)
-    sheet = Image.new("RGB", (max(s.width for s in strips), len(strips) * (height + 4)), "white")
-    for k, strip in enumerate(strips):
-        sheet.paste(strip, (0, k * (height + 4)))
+        rows.append([part.resize((width, height)) for part in parts])
+    width = max(3 * row[0].width + 8 for row in rows)
+    sheet = Image.new("RGB", (width, len(rows) * (height + 4)), "white")
+    for y, row in enumerate(rows):
+        for x, part in enumerate(row):
+            sheet.paste(part, (x * (part.width + 4), y * (height + 4)))
     sheet.save(path)
 
 
@@ -175,6 +164,8 @@ def export(model, path: Path) -> float | None:
     """Writes PATH.onnx (needs onnx and onnxscript) or PATH.pt2 (torch.export), any batch size, fixed side.
 
     Returns the largest difference from the model's own logits, None where onnxruntime is not installed."""
+    if path.suffix not in (".onnx", ".pt2") or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--export {path}: end the name in .onnx or .pt2, in a folder that can be written")
     side = model.meta["size"]
     images = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
     net, shapes = Logits(model.cpu()).eval(), {"images": {0: torch.export.Dim.AUTO}}
@@ -183,7 +174,7 @@ def export(model, path: Path) -> float | None:
         if path.suffix == ".pt2":
             torch.export.save(program, path)
             got = torch.export.load(path).module()(images)
-        elif path.suffix == ".onnx":
+        else:
             try:
                 torch.onnx.export(program, (), path, verbose=False, output_names=["masks", "classes"])
             except ImportError as error:
@@ -194,8 +185,6 @@ def export(model, path: Path) -> float | None:
                 return None
             session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
             got = [torch.from_numpy(array) for array in session.run(None, {"images": images.numpy()})]
-        else:
-            raise ValueError(f"{path}: unknown kind of file; end the name in .onnx or .pt2")
     return max((a - b).abs().max().item() for a, b in zip(want, got, strict=True))
 
 
@@ -210,8 +199,6 @@ def set_words(model, words, texts, args):
 
 def set_prompts(model, args):
     """The user's words become the classes; distractor words after them take what is none of these."""
-    if "open" not in model.config:
-        raise ValueError(f"{args.ckpt}: has closed classes; --prompts needs a run of train.py --stage")
     meta = model.meta
     words = vocab.parse_prompts(args.prompts, "--prompts")
     rest = vocab.background(args.background, words)
@@ -238,8 +225,8 @@ def segment_open(model, image, embeddings=False):
     rows = []
     for s in keep:
         label = result.labels[s].item()
-        fit = (prob - result.scores[s]).abs() + (labels != label)  # the query that this segment came from
-        q = fit.argmin().item()
+        # the query that this segment came from
+        q = ((prob - result.scores[s]).abs() + (labels != label)).argmin().item()
         rows.append(dict(score_in=known[q, label].item(), score_out=l_out[q].softmax(-1)[label].item(),
                          presence=l_out[q, label].sigmoid().item()))
         rows[-1] |= dict(embedding=region[0, q].tolist()) if embeddings else {}
@@ -256,8 +243,10 @@ def expand(patterns: list[str]) -> list[Path]:
         path = Path(pattern)
         if path.is_dir():
             hits = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+        elif path.exists():
+            hits = [path]
         else:
-            hits = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
+            hits = [p for p in map(Path, sorted(glob.glob(pattern, recursive=True))) if not p.is_dir()]
         if not hits:
             raise FileNotFoundError(f"{pattern}: no image there; give an image, a folder or a glob in quotes")
         found |= dict.fromkeys(hits)
@@ -279,18 +268,27 @@ def write_result(path: Path, image, result, details, meta, out: Path, number: in
     ids, rows = layers(result, meta["kind"], meta["names"])
     overlay(image.permute(1, 2, 0).numpy(), ids, rows).save(out / f"{path.stem}.overlay.png")
     data.write_ids(ids, out / f"{path.stem}.png")
-    for row in rows:
-        row["category_id"] = meta["ids"][row.pop("category")]
+    for row, more in zip(rows, details or [{}] * len(rows), strict=True):
+        row |= dict(category_id=meta["ids"][row.pop("category")], **more)
         del row["text"]
-    for row, more in zip(rows, details, strict=False):
-        row |= more
     image_id = int(path.stem) if path.stem.isdigit() else number
     return dict(image_id=image_id, file_name=f"{path.stem}.png", image=path.name, segments_info=rows)
 
 
+def check_names(paths: list[Path], out: Path) -> None:
+    """No picture that will be written takes the place of another one or of an image."""
+    taken = {path.resolve(): path for path in paths}
+    for path in paths:
+        for name in (f"{path.stem}.png", f"{path.stem}.overlay.png"):
+            if other := taken.get(place := (out / name).resolve()):
+                raise ValueError(f"{path}: its {name} would replace {other}, or its result; "
+                                 "give another --out, to two images of one name two")
+            taken[place] = path
+
+
 def parser():
-    top = argparse.ArgumentParser(usage="%(prog)s --ckpt CKPT [options] IMAGE...; --help lists them",
-                                  description=__doc__.split("\n")[0], allow_abbrev=False)
+    top = data.Arguments(usage="%(prog)s --ckpt CKPT [options] IMAGE...",
+                         description=__doc__.split("\n")[0], allow_abbrev=False)
     top.add_argument("images", nargs="*", help="images, folders or globs")
     top.add_argument("--ckpt", required=True, help="run (best, else newest), step folder, file or HF name")
     top.add_argument("--out", default="predictions", help="folder for the results")
@@ -300,7 +298,7 @@ def parser():
     top.add_argument("--text-weights", default="", help="SigLIP 2 with the text tower; default: training's")
     top.add_argument("--tokenizer", default="", help="its tokenizer; default: in its folder")
     top.add_argument("--base", default="", help="DINOv3 encoder that a delta checkpoint is added to")
-    top.add_argument("--task", default="", help=f"{', '.join(data.TASKS)}; default: the checkpoint's")
+    top.add_argument("--task", default="auto", help=f"auto (the checkpoint's), {', '.join(data.TASKS)}")
     top.add_argument("--size", type=int, default=0, help="network input side; default: the checkpoint's")
     top.add_argument("--export", default="", metavar="FILE", help="write the model as .onnx or .pt2 and stop")
     top.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -310,27 +308,34 @@ def parser():
 
 def set_task(model, args):
     """Kind and class names of --task; files of other projects do not say what they were trained on."""
-    if not args.task and "kind" in model.meta:
+    auto, classes = args.task == "auto", model.config["num_classes"]
+    if auto and "kind" in model.meta:
         return
-    classes = model.config["num_classes"]
-    task = data.find_task("", args.task) if args.task else data.fit_task(classes, args.ckpt)
+    task = data.fit_task(classes, args.ckpt) if auto else data.find_task("", args.task)
     words, meta = task.vocabulary, model.meta
     if "open" not in model.config and len(words.names) != classes:
         raise ValueError(f"--task {args.task}: {len(words.names)} classes, {args.ckpt} {classes}; drop it")
     if "open" in model.config and list(words.names) != list(meta["names"]):
-        texts = vocab.prompts(words, meta["languages"].split(","), meta["template"])
-        set_words(model, words, texts, args)
+        set_words(model, words, vocab.prompts(words, meta["languages"].split(","), meta["template"]), args)
     meta |= dict(kind=task.kind, names=words.names, ids=words.ids, thing=words.thing)
 
 
-def run(args):
+def load_model(args) -> eomt.EoMT:
+    """The checkpoint's model with the classes and the size that the options ask for."""
     model = eomt.load(args.ckpt, args.device, args.base or None)
     set_task(model, args)
+    if "open" not in model.config and (args.prompts is not None or args.embeddings):
+        raise ValueError(f"{args.ckpt}: has closed classes; --prompts and --embeddings need a --stage run")
     if args.prompts is not None:
         set_prompts(model, args)
     if args.size < 0 or args.size % model.encoder.patch:
-        raise ValueError(f"--size {args.size}: not a multiple of the patch size {model.encoder.patch}")
+        raise ValueError(f"--size {args.size}: no multiple of the patch size {model.encoder.patch}; give one")
     model.meta["size"] = args.size or model.meta["size"]
+    return model
+
+
+def run(args):
+    model = load_model(args)
     if args.export:
         off = export(model, Path(args.export))
         print(f"{args.export}: " + ("not checked" if off is None else f"logits differ by at most {off:.1e}"))
@@ -338,11 +343,9 @@ def run(args):
     paths, out = expand(args.images), Path(args.out)
     if not paths:
         raise ValueError("no images; give files, folders or globs")
-    stems = [path.stem for path in paths]
-    twice = next((p for p in paths if stems.count(p.stem) > 1), None)
-    if twice:
-        raise ValueError(f"{twice}: two images of this name would write one result; give two --out folders")
+    check_names(paths, out)
     out.mkdir(parents=True, exist_ok=True)
+    (out / "predictions.json").open("ab").close()  # what cannot be written is known now
     rows, bad, free = [], [], "open" in model.config and model.meta["kind"] == "panoptic"
     for number, path in enumerate(tqdm(paths, unit="img", disable=not sys.stderr.isatty())):
         try:

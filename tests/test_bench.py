@@ -33,6 +33,7 @@ def check_tables(text, result):
     lines = text.splitlines()
     assert lines[0].startswith("command: python bench.py ") and lines[1].startswith("gpu: ")
     assert lines[2] == f"torch: {torch.__version__}" and lines[3].startswith("triton: ")
+    assert lines[5].startswith("rivals: ") and result["rivals"] == lines[5].removeprefix("rivals: ")
     tables = [line for line in lines if line.startswith("|")]
     assert len(tables) - 2 * sum(line.startswith("|---") for line in tables) == len(result["rows"])
     widths = [line.count("|") for line in tables]
@@ -58,7 +59,7 @@ def test_bench_kernels(monkeypatch, capsys, tmp_path):
         for name in rivals:  # all compute the same attention
             assert rows[name]["error"] < 1e-5 and rows[name]["unit"] == "GFLOP/s" and rows[name]["rate"] > 0
     merge = measured(result, "merge of 20 queries")
-    assert list(merge) == ["ours", "two F.interpolate"] and merge["ours"]["error"] < 1e-4
+    assert list(merge) == ["ours", "two F.interpolate"] and merge["two F.interpolate"]["error"] < 1e-4
     for case in ("forward, tiny", "forward + backward, tiny"):
         rows = measured(result, f"upscale, {case}")
         assert list(rows) == ["ours", "modules"] and rows["modules"]["ours_over_it"] > 0
@@ -81,7 +82,7 @@ def test_bench_model(monkeypatch, capsys, tmp_path):
         assert rows["ours"]["error"] < 1e-5 and rows["transformers Eomt"]["error"] < 1e-5
         assert rows["ours, compiled"]["note"] == "CUDA only"
     after = measured(result, "post-processing")
-    assert after["ours"]["error"] == 0 and after["transformers"]["ours_over_it"] > 0  # pixel by pixel
+    assert after["transformers"]["error"] == 0 and after["transformers"]["ours_over_it"] > 0  # all pixels
     assert set(measured(result, "pre-processing")) == {"ours", "transformers"}
 
 
@@ -135,22 +136,46 @@ def test_bench_without_rivals_says_so(monkeypatch, capsys, tmp_path):
     assert "| transformers Eomt | not installed |" in text
 
 
-@pytest.mark.parametrize("words, fault", [
-    (["model", "--quick", "--size", "100"], "error: --size 100: no multiple of the patch size; take a"),
-    (["data", "--quick", "--data", "/nowhere"], "error: /nowhere"),
-    (["metrics", "--quick", "--json", "/nowhere/rows.json"], "error: "),
-])
-def test_bench_mistakes_are_one_line(monkeypatch, words, fault):
+def fault_of(monkeypatch, capsys, *words):
+    """The one line, without `error: `, that `python bench.py WORDS` ends with; its exit code is 1."""
     monkeypatch.setattr(sys, "argv", ["bench.py", *words])
     with pytest.raises(SystemExit) as stop:
         bench.main()
-    assert str(stop.value).startswith(fault) and "\n" not in str(stop.value)
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 1 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0].removeprefix("error: ")
 
 
-def test_bench_unknown_subject(capsys):
-    with pytest.raises(SystemExit) as stop:
-        bench.parser().parse_args(["speed"])
-    assert stop.value.code == 2 and "kernels" in capsys.readouterr().err
+@pytest.mark.parametrize("words, fault", [
+    (["model", "--quick", "--size", "100"], "--size 100: no multiple of the patch size; take a"),
+    (["data", "--quick", "--data", "/nowhere"], "/nowhere"),
+    (["metrics", "--quick", "--json", "/nowhere/rows.json"], "/nowhere/rows.json: no such file"),
+    (["model", "--size", "big"], "argument --size: invalid int value: 'big'; --help"),
+    (["model", "--batch", "0"], "--size, --batch, --threads: numbers from 1 on"),
+    (["model", "--sise", "9"], "unrecognized arguments: --sise 9"),
+    ([], "the following arguments are required: subject"),
+])
+def test_bench_mistakes_are_one_line(monkeypatch, capsys, words, fault):
+    assert fault_of(monkeypatch, capsys, *words).startswith(fault)
+
+
+def test_bench_unknown_subject(monkeypatch, capsys):
+    line = fault_of(monkeypatch, capsys, "speed")
+    assert "'speed'" in line and all(subject in line for subject in bench.SUBJECTS)
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("no room\nat all"), MemoryError()])
+def test_bench_faults_of_the_machine_are_one_line(monkeypatch, capsys, fault):
+    """Memory that is not there ended in a traceback; with --debug it still does."""
+
+    def case(run):
+        raise fault
+
+    monkeypatch.setitem(bench.SUBJECTS, "metrics", ([], [case], *bench.SUBJECTS["metrics"][2:]))
+    assert fault_of(monkeypatch, capsys, "metrics", "--quick") in ("no room", "MemoryError")
+    monkeypatch.setattr(sys, "argv", ["bench.py", "metrics", "--quick", "--debug"])
+    with pytest.raises(type(fault)):
+        bench.main()
 
 
 @pytest.mark.parametrize("encoder, size, tera", [
@@ -166,12 +191,12 @@ def test_model_flops_equal_the_published_arithmetic(encoder, size, tera):
     assert more == 2 * one > 0
 
 
-def test_network_rows_run_each_network_once_a_call(monkeypatch):
+def test_network_rows_run_each_network_once_a_call(monkeypatch, tmp_path):
     """A rival that is called twice looks half as fast."""
     pytest.importorskip("transformers")
     captured, forwards = {}, []
     monkeypatch.setattr(bench, "compare", lambda run, case, calls, *rest: captured.update(calls))
-    bench.bench_network(plain_run(encoder="tiny"), 64, 2)
+    bench.bench_network(plain_run(encoder="tiny", folder=tmp_path), 64, 2)
     networks = "EoMT", "EomtForUniversalSegmentation"
 
     def count(module, args, out):
@@ -205,20 +230,22 @@ def test_compare_takes_ratios_within_a_round(monkeypatch, capsys):
         return i
 
     def half(i):
-        return i
+        print("a rival that talks")
+        return 1
 
     monkeypatch.setattr(bench, "clock", clock)
     run = plain_run()
     bench.compare(run, "case", {"ours": ours, "gone": "not installed", "half": half}, 4e9, "GFLOP/s",
-                  errors={"half": 0.25})
+                  error=lambda got, ours: (got - ours) / 4)
     first, gone, second = run.rows
     assert (first["ours_over_it"], second["ours_over_it"], gone["note"]) == (1, 0.5, "not installed")
-    assert first["error"] is None and second["error"] == 0.25 and second["floor_percent"] is None
+    assert first["error"] == 0 and second["error"] == 0.25 and second["floor_percent"] is None
     assert first["rate"] == pytest.approx(4 / first["median"]) and first["median"] == pytest.approx(0.01)
     assert [name for name, _, _ in seen[2:]] == ["ours", "half"] * 3  # in turn
     assert [repeat for _, _, repeat in seen[2:4]] == [10, 5]  # 20 ms each
     assert [first for name, first, _ in seen[2:] if name == "ours"] == [0, 10, 20]  # other inputs every time
-    assert "| half | 20 (10.4 / 20) | 0.50 | 200 GFLOP/s | - | - | 2.5e-01 |" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "| half | 20 (10.4 / 20) | 0.50 | 200 GFLOP/s | - | - | 2.5e-01 |" in text and "talks" not in text
 
 
 def test_clock_measures_all_calls():

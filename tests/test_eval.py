@@ -1,6 +1,7 @@
 """eval.py: masks counted on the device, and counting in a thread while the model goes on."""
 # SPDX-License-Identifier: MIT
 import json
+import sys
 import threading
 import time
 import weakref
@@ -8,11 +9,14 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 import eomt
 import eval as evaluation
 import metrics
+import predict
+import vocab
 
 
 class Far(torch.Tensor):
@@ -240,3 +244,146 @@ def test_exports_of_one_name_in_two_folders(tmp_path, kind):
     if kind == "panoptic":
         rows = json.loads((tmp_path / "out.json").read_text())["annotations"]
         assert [row["file_name"] for row in rows] == ["a/1.png", "b/1.png", "2.v1.png"]
+
+
+# ---- Mistakes of the command line: one line, before any image ----------------------------------------------
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """(checkpoint of a tiny untrained panoptic model, its procedural data: 3 validation images)."""
+    root = tmp_path_factory.mktemp("tiny")
+    data.write_shapes(root / "data", vocab.SHAPES, 2, 3)
+    model = eomt.EoMT(eomt.ViT(8, 1, 1, 8, (2, 2)), 8, 2, 1)
+    eomt.save(root / "tiny.safetensors", model, task="shapes", data=str(root / "data"))
+    return root / "tiny.safetensors", root / "data"
+
+
+@pytest.fixture
+def said(monkeypatch, capsys, tiny):
+    """Function (script, *argv): what main() says of a mistake. It ends in one line, before the model runs."""
+
+    def answer(script, *argv):
+        def segment(*args, **_):
+            raise AssertionError("the model ran")
+
+        monkeypatch.setattr(eomt, "segment", segment)
+        monkeypatch.setattr(sys, "argv", ["x.py", *map(str, argv)])
+        with pytest.raises(SystemExit) as stop:
+            script.main()
+        lines = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 1 and len(lines) == 1 and lines[0].startswith("error: "), lines
+        return lines[0].removeprefix("error: ")
+
+    return answer
+
+
+@pytest.mark.parametrize("words, line", [
+    (["--size", "big"], "argument --size: invalid int value: 'big'; --help lists the options"),
+    (["--sise=64"], "unrecognized arguments: --sise=64; --help lists the options"),
+    (["--size", "-8"], "--size -8: no multiple of the patch size 8; give one")])
+@pytest.mark.parametrize("script", [evaluation, predict])
+def test_mistyped_words_are_one_line(said, tiny, script, words, line):
+    assert said(script, "--ckpt", tiny[0], *words) == line
+    line = "the following arguments are required: --ckpt; --help lists the options"
+    assert said(script, "--size", "8") == line
+
+
+@pytest.mark.parametrize("script", [evaluation, predict])
+def test_task_auto_is_in_the_help_and_taken(monkeypatch, capsys, tiny, tmp_path, script):
+    assert "--task TASK auto" in " ".join(script.parser().format_help().split())
+    Image.new("RGB", (20, 30)).save(tmp_path / "a.jpg")
+    more = ["--workers", 0] if script is evaluation else [tmp_path / "a.jpg", "--out", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", ["x.py", "--ckpt", str(tiny[0]), "--task", "auto", *map(str, more)])
+    script.main()
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ["/proc/x", "/dev/null/x"])
+def test_places_that_cannot_be_written_are_found_first(said, tiny, place):
+    begin = ["--ckpt", tiny[0], "--workers", 0]
+    assert said(evaluation, *begin, "--save-panoptic", place).startswith(f"{place}: no")
+    assert said(evaluation, *begin, "--save-panoptic", tiny[0]) == f"{tiny[0]}: file exists"
+    line = said(evaluation, *begin, "--out", f"{place}/x.json")
+    assert line == f"--out {place}/x.json: not a file in a folder that is there; give another"
+    assert said(evaluation, *begin, "--out", "/proc/x.json") == "/proc/x.json: no such file or directory"
+    line = said(evaluation, *begin, "--limit", "-4")
+    assert line == "--limit -4, --workers 0: below 0; give 0 or more"
+
+
+def test_files_beside_the_pictures_are_found_first(tmp_path):
+    """FOLDER.json beside a FOLDER that is there; the results of instances, a folder for one."""
+    (tmp_path / "x.json").mkdir()
+    with pytest.raises(IsADirectoryError, match="x.json"):
+        evaluation.Export(str(tmp_path / "x"), data.TASKS["coco_panoptic"])
+    for place in ("/proc/x.json", "/dev/null/x.json", tmp_path):
+        with pytest.raises(OSError, match=f"/proc/x.json|/dev/null|{tmp_path}"):
+            evaluation.Export(str(place), data.TASKS["coco_instance"])
+
+
+def test_one_place_for_two_files_is_refused(said, tiny, tmp_path):
+    file = tmp_path / "p.json"
+    line = said(evaluation, "--ckpt", tiny[0], "--save-panoptic", tmp_path / "p", "--out", file)
+    assert line == f"--out {file}: --save-panoptic writes there too; give another file"
+
+
+def test_export_into_the_current_folder(monkeypatch, tmp_path):
+    """`--save-panoptic .` writes the JSON beside the folder; it failed after the whole evaluation."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    evaluation.Export(".", data.TASKS["shapes"]).finish(0, 1)
+    assert json.loads((tmp_path / "here.json").read_text()) == dict(annotations=[])
+
+
+def test_data_of_the_training_is_gone(said, tiny, tmp_path):
+    config, state, meta = eomt.read(tiny[0])
+    model = eomt.build(config)
+    eomt.save(tmp_path / "moved.safetensors", model, **meta | dict(data="runs/shapes"))
+    line = said(evaluation, "--ckpt", tmp_path / "moved.safetensors")
+    assert line.startswith("--data is missing, and that of the training, runs/shapes, is not there; give the")
+
+
+@pytest.mark.parametrize("mode", ["--sweep", "--gt-masks", "--save-semantic"])
+def test_options_that_would_be_passed_over_are_refused(said, tiny, tmp_path, mode):
+    words = [mode] if mode == "--gt-masks" else [mode, "ov-bias=0,1"]
+    line = said(evaluation, "--ckpt", tiny[0], *words, "--save-panoptic", tmp_path / "p")
+    assert line == f"argument --save-panoptic: not allowed with argument {mode}; --help lists the options"
+
+
+# ---- The same of predict.py --------------------------------------------------------------------------------
+@pytest.fixture
+def picture(tmp_path):
+    Image.new("RGB", (20, 30)).save(tmp_path / "a.png")
+    return tmp_path / "a.png"
+
+
+@pytest.mark.parametrize("place", ["/proc/x", "/dev/null/x", "/proc"])
+def test_predict_out_that_cannot_be_written_is_found_first(said, tiny, picture, place):
+    assert said(predict, "--ckpt", tiny[0], picture, "--out", place).startswith(place)
+
+
+def test_predict_never_writes_over_its_images(said, tiny, picture):
+    """With --out in the photos' folder the id map NAME.png took the place of the photo NAME.png."""
+    before = picture.read_bytes()
+    line = said(predict, "--ckpt", tiny[0], picture, "--out", picture.parent)
+    assert line.startswith(f"{picture}: its a.png would replace {picture}, or its result; give another --out")
+    assert picture.read_bytes() == before
+    other = picture.with_suffix(".jpg")
+    Image.new("RGB", (20, 30)).save(other)
+    line = said(predict, "--ckpt", tiny[0], picture, other, "--out", picture.parent / "out")
+    assert line.startswith(f"{other}: its a.png would replace {picture}, or its result; give another --out")
+
+
+def test_predict_globs_pass_over_folders(picture):
+    (picture.parent / "empty.png").mkdir()
+    assert predict.expand([str(picture.parent / "*")]) == [picture]
+
+
+def test_predict_embeddings_of_closed_classes(said, tiny, picture):
+    line = said(predict, "--ckpt", tiny[0], picture, "--embeddings")
+    assert line == f"{tiny[0]}: has closed classes; --prompts and --embeddings need a --stage run"
+
+
+@pytest.mark.parametrize("place", ["m.foo", "m", "no/m.pt2"])
+def test_export_mistakes_are_found_before_the_export(said, tiny, tmp_path, monkeypatch, place):
+    monkeypatch.setattr(torch.export, "export", None)
+    line = said(predict, "--ckpt", tiny[0], "--export", tmp_path / place)
+    assert line.startswith(f"--export {tmp_path / place}: end the name in .onnx or .pt2, in a folder that")

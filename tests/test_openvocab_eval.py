@@ -509,10 +509,31 @@ def test_calibration_option_changes_the_classes(world, tmp_path, argv):
         torch.testing.assert_close(gain, torch.full_like(gain, 3.0), atol=1e-3, rtol=0)  # of person alone
 
 
-def test_class_bias_of_other_length(world, tmp_path):
-    (tmp_path / "bias.json").write_text("[1, 2]")
+@pytest.mark.parametrize("text", ["[1, 2]", json.dumps([None] * 133), json.dumps(["a"] * 133), "{}", "x"])
+def test_class_bias_that_is_none(world, tmp_path, text):
+    (tmp_path / "bias.json").write_text(text)
     with pytest.raises(ValueError, match="not a JSON list of 133 numbers"):
         eval_here("--ckpt", world.ckpt, "--ov-class-bias", tmp_path / "bias.json")
+
+
+@pytest.mark.parametrize("words, line", [
+    (["--ov-temp", "0"], "--ov-temp 0: not above 0; "),
+    (["--ov-temp", "1,-1"], "--ov-temp 1,-1: not above 0; "),
+    (["--ov-temp", "nan"], "--ov-temp nan: not auto, nor numbers"),
+    (["--sweep", "ov-temp=1,0"], "--ov-temp 0.0: not above 0; "),
+    (["--sweep", "ov-bias=0,a"], "--sweep ov-bias 0,a: not auto, nor numbers"),
+    (["--sweep", "ov-bias=0", "--out", "x.json"], "--out x.json: --sweep writes no file; ")])
+def test_numbers_that_make_no_sense_are_refused(world, words, line):
+    with pytest.raises(ValueError) as error:
+        eval_here("--ckpt", world.ckpt, *words)
+    assert str(error.value).startswith(line)
+
+
+def test_sweep_with_masked_attention(world, capsys):
+    """--masked-attn holds for a sweep as for single evaluations; it was passed over in silence."""
+    one = eval_here("--ckpt", world.ckpt, "--masked-attn", "--ov-bias", "1").numbers
+    assert eval_here("--ckpt", world.ckpt, "--masked-attn", "--sweep", "ov-bias=0,1").numbers == one
+    assert eval_here("--ckpt", world.ckpt, "--sweep", "ov-bias=0,1").numbers != one
 
 
 @pytest.mark.parametrize("swept", ["ov-alpha=0,1", "ov-beta=0,1", "ov-temp=0.1,5", "ov-reject=-1e9,1e9"])
