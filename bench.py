@@ -210,17 +210,17 @@ def bench_upscale(run, size, batch):
     """The last ScaleBlock against its modules, channels first in between as upstream."""
     side, width = size // 8, eomt.ENCODERS[run.encoder]["width"]
     block = eomt.ScaleBlock(width).to(run.device, torch.bfloat16 if run.cuda else torch.float32)
-    conv1, conv2, norm = block.children()
-    inputs = [torch.randn(batch, side, side, width).to(norm.weight).requires_grad_() for _ in range(3)]
-    stem = torch.nn.Sequential(conv1, torch.nn.GELU(), conv2)
+    inputs = [torch.randn(batch, side, side, width).to(block.norm.weight).requires_grad_() for _ in range(3)]
+    grad = torch.randn(batch, 2 * side, 2 * side, width).to(block.norm.weight)
+    stem = torch.nn.Sequential(block.conv1, torch.nn.GELU(), block.conv2)
     rivals = {"ours": block,
-              "modules": lambda x: norm(stem(x.permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1))}
+              "modules": lambda x: block.norm(stem(x.permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1))}
     rivals |= {"modules, compiled": torch.compile(rivals["modules"])} if run.cuda else {}
     work, title = 2 * batch * side**2 * width * (4 * width + 36), f"{run.encoder} {size}, batch {batch}"
     calls = {name: torch.no_grad()(lambda i, f=f: f(inputs[i % 3])) for name, f in rivals.items()}
     compare(run, f"upscale, forward, {title}; error: to ours", calls, work, "GFLOP/s", work / PEAK,
             lambda got, ours: distance([got], [ours]))
-    calls = {name: lambda i, f=f: f(inputs[i % 3]).sum().backward() for name, f in rivals.items()}
+    calls = {name: lambda i, f=f: f(inputs[i % 3]).backward(grad) for name, f in rivals.items()}
     compare(run, f"upscale, forward + backward, {title}", calls, 3 * work, "GFLOP/s", 3 * work / PEAK)
 
 
