@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 try:
-    from kernels import masked_attention, pack_mask, panoptic_merge, restored, upscale
+    from kernels import mask_product, masked_attention, pack_mask, panoptic_merge, restored, upscale
 except ImportError:  # this file copied alone: the same numbers in plain torch; the story begins at "Encoder"
+    mask_product = partial(torch.einsum, "bqc,bhwc->bqhw")  # mask logits
 
     def pack_mask(mask_logits, grid, prefix_columns, num_keys, keep_prob=1.0, noise=None):
         """Mask logits (B,Q,mh,mw) -> bool (B,Q,num_keys): may query q look at key n?"""
@@ -192,9 +193,7 @@ class ViT(nn.Module):
 
 def rope_angles(grid, head, base, device) -> Tensor:
     """RoPE angles (h*w, hd) of the patch centres in [-1, 1] x [-1, 1], rows first (DINOv3, sec. 3.2)."""
-    h, w = grid
-    y = (torch.arange(h, device=device) + 0.5) / h * 2 - 1  # (h,)
-    x = (torch.arange(w, device=device) + 0.5) / w * 2 - 1  # (w,)
+    y, x = ((torch.arange(side, device=device) + 0.5) / side * 2 - 1 for side in grid)  # (h,), (w,)
     centres = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flatten(0, 1)  # (h*w, 2)
     periods = base ** torch.arange(0, 1, 4 / head, device=device)  # (hd/4,)
     angles = 2 * math.pi * centres[:, :, None] / periods  # (h*w, 2, hd/4)
@@ -202,12 +201,14 @@ def rope_angles(grid, head, base, device) -> Tensor:
 
 
 def _attend_rotated(cos, sin, attend, q, k, v):
+    start = k.shape[2] - len(cos)  # patches come last; queries, cls and registers stay as they are: 1, 0
+    cos = F.pad(cos, (0, 0, start, 0), value=1.0)[:, None].to(k.dtype)  # (N, 1, hd)
+    sin = F.pad(sin, (0, 0, start, 0))[:, None].to(k.dtype)  # (N, 1, hd)
+
     def rotate(t):
-        start = t.shape[2] - len(cos)  # patches come last; queries, cls and registers stay as they are
-        patches = t[:, :, start:]  # (B, nh, h*w, hd)
-        a, b = patches.chunk(2, -1)  # 2 x (B, nh, h*w, hd/2)
-        turned = patches * cos.to(t.dtype) + torch.cat([-b, a], -1) * sin.to(t.dtype)  # (B, nh, h*w, hd)
-        return torch.cat([t[:, :, :start], turned], 2)  # (B, nh, N, hd)
+        t = t.transpose(1, 2)  # (B, N, nh, hd): as in memory, or attention's output would be head by head
+        a, b = t.chunk(2, -1)  # 2 x (B, N, nh, hd/2)
+        return (t * cos + torch.cat([-b, a], -1) * sin).transpose(1, 2)  # (B, nh, N, hd)
 
     return attend(rotate(q), rotate(k), v)
 
@@ -337,10 +338,9 @@ class EoMT(nn.Module):
         """Mask logits (B,Q,mh,mw): mask head of query tokens (B,Q,C) . upscaled patches (B,h*w,C)."""
         queries = self.mask_head(queries)  # (B, Q, C)
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or patches.is_cuda or len(patches) == 1:
-            features = self.upscale(patches.unflatten(1, grid))  # (B, mh, mw, C)
-            return torch.einsum("bqc,bhwc->bqhw", queries, features)
+            return mask_product(queries, self.upscale(patches.unflatten(1, grid)))
         # One by one: an image's features, its largest tensors, stay in the cache from pass to pass.
-        return torch.cat([torch.einsum("bqc,bhwc->bqhw", q, self.upscale(p.unflatten(1, grid)))
+        return torch.cat([mask_product(q, self.upscale(p.unflatten(1, grid)))
                           for q, p in zip(queries.split(1), patches.split(1), strict=True)])
 
     def predict(self, x: Tensor, grid: tuple[int, int]) -> Prediction:
@@ -466,7 +466,7 @@ class OpenVocabEoMT(EoMT):
         for i, (block, state) in enumerate(zip([*blocks, None], [*states, None], strict=True)):
             if self.training or mask_prob is not None or block is None:
                 kept.append(norm(q))
-                masks.append(torch.einsum("bqc,bhwc->bqhw", self.mask_head(kept[-1]), features))
+                masks.append(mask_product(self.mask_head(kept[-1]), features))
             if block is None:
                 break
             attend = F.scaled_dot_product_attention
@@ -484,13 +484,14 @@ class OpenVocabEoMT(EoMT):
         masks = self.dot(queries, patches, grid)  # (B, Q, mh, mw)
         return Taught(masks, self.classify(queries, masks, patches, grid), patches, None)
 
-    @torch.compiler.disable  # a compiled model keeps its graph when the vocabulary changes
     def classify(self, queries, masks, patches, grid):
         """Query tokens (B,Q,C) and in evaluation their regions -> classes (B,Q,K+1)."""
+        return self.class_head(queries) if self.training else self.name_regions(queries, masks, patches, grid)
+
+    @torch.compiler.disable  # a compiled model keeps its graph when the vocabulary changes
+    def name_regions(self, queries, masks, patches, grid):
         from siglip2 import map_pool
 
-        if self.training:
-            return self.class_head(queries)
         z = F.adaptive_avg_pool2d(masks.float(), grid).flatten(2)  # (B, Q, h*w)
         return self.class_head(queries, map_pool(self.encoder, patches, z, self.gamma, self.pool))
 

@@ -9,6 +9,6 @@ In and out: see the file of each name. EOMT_KERNELS=torch|triton forces a path.
 from .masked_attention import masked_attention
 from .pack_mask import pack_mask
 from .panoptic_merge import panoptic_merge, restored
-from .upscale import upscale
+from .upscale import mask_product, upscale
 
-__all__ = ["masked_attention", "pack_mask", "panoptic_merge", "restored", "upscale"]
+__all__ = ["mask_product", "masked_attention", "pack_mask", "panoptic_merge", "restored", "upscale"]

@@ -383,3 +383,28 @@ def upscale(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, gain: Te
     y = F.linear(x.reshape(B * h * w, C), weight, bias1.repeat(4)).view(B, h, w, 2, 2, C)
     # In y's dtype, also where autocast on CUDA would leave a LayerNorm's output in fp32: products follow.
     return upscale_op(y, weight2, gain, shift, eps)[0]
+
+
+# ---- what reads its output ----
+
+class _MaskProduct(torch.autograd.Function):
+    """queries (B, Q, C) @ features (B, N, C).mT.
+
+    The gradient of the features is (B, N, C) in memory too. Torch's own is (B, C, N), and the kernels above
+    would find each channel of a pixel in a cache line of its own."""
+
+    @staticmethod
+    def forward(ctx, queries, features):
+        ctx.save_for_backward(queries, features)
+        return queries @ features.mT  # (B, Q, N)
+
+    @staticmethod
+    def backward(ctx, grad):
+        queries, features = ctx.saved_tensors
+        return grad @ features, grad.mT @ queries  # (B, Q, C), (B, N, C)
+
+
+def mask_product(queries: Tensor, features: Tensor) -> Tensor:
+    """Mask logits (B, Q, H, W) of queries (B, Q, C) . features (B, H, W, C) in the dtype of the queries."""
+    flat = features.flatten(1, 2).to(queries.dtype)  # (B, H*W, C); upscale_ref leaves fp32 under autocast
+    return _MaskProduct.apply(queries, flat).unflatten(2, features.shape[1:3])

@@ -574,6 +574,24 @@ def test_set_classes_no_recompile(world, stages, val):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("isolate", [True, False])
+def test_training_step_is_one_graph(isolate):
+    """Nothing in training falls out of a compiled model; fullgraph raises where something would."""
+    torch.manual_seed(0)
+    tower = siglip2.VisionTower(16, 32, 3, 2, 8, 2)
+    head = siglip2.OpenVocabHead(16, torch.randn(3, 16), torch.arange(3), [True] * 3, 4.7, -16.0)
+    model = eomt.OpenVocabEoMT(tower, head, 4, 2, isolate=isolate)
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    torch._dynamo.reset()
+    for mask_prob in (torch.tensor([1.0, 0.5]), None):  # while masks are annealed, and after
+        arguments = images, mask_prob, torch.rand(2, 2, 4)
+        want = model(*arguments)
+        got = torch.compile(model, fullgraph=True, backend="aot_eager")(*arguments)
+        torch.testing.assert_close([p.classes for p in got], [p.classes for p in want])
+        torch.testing.assert_close([p.masks for p in got], [p.masks for p in want])
+    torch._dynamo.reset()
+
+
 def test_set_classes_cache_identity(world, stages, tmp_path):
     model, cache = eomt.load(world / "A"), tmp_path / "rows.safetensors"
     rows = []

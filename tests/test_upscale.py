@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kernels import upscale
+from kernels import mask_product, upscale
 from kernels.choose import INTERPRET, triton
 
 from .conftest import run_interpreted
@@ -235,6 +235,24 @@ def test_interpreted_library_ops_pass_opcheck():
     out, mean, rstd = (t.detach() for t in module.upscale_op(*leaves, 1e-6))
     saved = [t.detach() for t in leaves[:3]]
     torch.library.opcheck(module.upscale_backward_op, (torch.randn(out.shape), *saved, mean, rstd))
+
+
+@compiled
+@pytest.mark.parametrize("shape", [(2, 7, 4, 6, 24), (1, 1, 1, 1, 8), (0, 3, 2, 2, 16)])
+def test_mask_product_against_einsum(shape):
+    """The same numbers; the gradient of the features lies in memory as the features do, einsum's does not."""
+    B, Q, H, W, C = shape
+    queries, features = (torch.randn(s).double().requires_grad_() for s in ((B, Q, C), (B, H, W, C)))
+    grad = torch.randn(B, Q, H, W).double()
+    out, want = mask_product(queries, features), torch.einsum("bqc,bhwc->bqhw", queries, features)
+    got, theirs = (torch.autograd.grad(o, (queries, features), grad) for o in (out, want))
+    torch.testing.assert_close((out, *got), (want, *theirs), rtol=1e-12, atol=1e-12)
+    assert got[1].is_contiguous() and (theirs[1].is_contiguous() == (B * H * W < 2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # the torch path leaves a LayerNorm's features in fp32
+        low = mask_product(queries.bfloat16(), features.float())
+    assert low.dtype == torch.bfloat16 and (B == 0 or error(low.detach(), want.detach()) < 1e-2)
+    low.sum().backward()
+    assert features.grad.dtype == torch.float64 and queries.grad.isfinite().all()
 
 
 def test_compile_fullgraph_and_checkpointing_equal_eager():
