@@ -91,8 +91,8 @@ def write_atomically(target: Path, write) -> None:
 
 
 def _junk(name):
-    parts = name.split("/")
-    return name.endswith("/") or "__MACOSX" in parts or parts[-1].startswith("._") or len(name) > 255
+    return name.endswith("/") or os.path.basename(name).startswith("._") or len(name) > 255 or not {
+        "__MACOSX", "lost+found", "@eaDir", ".Trashes", ".snapshot"}.isdisjoint(name.split("/"))
 
 
 class _Names:
@@ -306,7 +306,7 @@ class FolderReader(_Names):
 
     def __init__(self, path: str | Path):
         self.path = self.label = str(path)
-        walk = os.walk(path, onerror=_refuse)
+        walk = os.walk(path, onerror=lambda error: _junk(os.path.basename(error.filename)) or _refuse(error))
         files = (os.path.join(folder, file) for folder, _, files in walk for file in files)
         names = [file.removeprefix(os.path.join(path, "")) for file in files]
         self.names = np.array(sorted(os.fsencode(n) for n in names if not _junk(n)), dtype="S")
@@ -531,8 +531,8 @@ def _parts(outline, hw):
         return outline
     from metrics import rle_counts, rle_decode
 
-    size, counts = outline.get("size", hw), outline["counts"]
-    if size != hw:
+    size, counts = outline.get("size"), outline["counts"]
+    if size not in (None, hw, [*map(str, hw)]):
         raise ValueError(f"RLE of size {size}, its image has {hw}; fix this file, or get the matching pair")
     return [counts if isinstance(counts, list) else rle_counts(rle_decode({"size": hw, "counts": counts}))]
 

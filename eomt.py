@@ -930,12 +930,12 @@ def _tidy(state):
 
 def _infer(state, raw, hints) -> dict:
     """Model configuration from tensor shapes; `hints` (HF's config.json) may say heads, eps, blocks, size."""
-    kernel = state["encoder.patch_embed.weight"]
-    width, patch = kernel.shape[0], kernel.shape[3]
+    width, patch = (state["encoder.patch_embed.weight"].shape[axis] for axis in (0, 3))
     depth = 1 + max((int(k.split(".")[2]) for k in state if k.startswith("encoder.blocks.")), default=-1)
     hidden = state["encoder.blocks.0.mlp.fc2.weight"].shape[1]
     swiglu = state["encoder.blocks.0.mlp.fc1.weight"].shape[0] == 2 * hidden
-    rope, eps, side = 100.0, 1e-5, hints.get("image_size", 640) // patch  # DINOv3
+    side = hints.get("image_size", 640)  # some write [height, width]
+    rope, eps, side = 100.0, 1e-5, (side[0] if isinstance(side, list) else side) // patch  # DINOv3
     if "encoder.pos_embed" in state:
         rope, eps, side = None, 1e-6, math.isqrt(state["encoder.pos_embed"].shape[1])
     registers = state["encoder.reg_token"].shape[1] if "encoder.reg_token" in state else 0
@@ -1001,7 +1001,7 @@ def read(path: str | Path, base: str | Path | None = None) -> tuple[dict, dict[s
     except KeyError as e:
         raise ValueError(f"{path}: missing {e.args[0]}; read with {_dialect(origin)} names: give a whole "
                          "checkpoint") from None
-    except (IndexError, TypeError, RuntimeError) as e:
+    except (IndexError, TypeError, RuntimeError, ArithmeticError) as e:
         raise ValueError(f"{path}: an impossible shape of a tensor ({str(e)[:80]!r}); get it again") from None
     if base is not None:
         _add_base(config, state, base)

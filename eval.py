@@ -330,10 +330,11 @@ def class_bias(model, source: str) -> list[float]:
             raise ValueError("--ov-class-bias auto: no class counts of this vocabulary; give a JSON file")
         return siglip2.frequency_bias(torch.tensor(counts).float(), head.seen.cpu()).tolist()
     try:
-        values = [float(value) for value in json.loads(Path(source).read_text())]
+        values = json.loads(Path(source).read_text())
+        values = [float(value) for value in values] if isinstance(values, list) else []
     except (ValueError, TypeError):
         values = []
-    if len(values) != len(head.seen):
+    if len(values) != len(head.seen) or not all(map(math.isfinite, values)):
         raise ValueError(f"{source}: not a JSON list of {len(head.seen)} numbers, one a class")
     return values
 
@@ -413,8 +414,7 @@ OV_KEYS = ["ov_" + name.replace("-", "_") for name, _, _ in OV_OPTIONS]
 
 # ---- Command line ------------------------------------------------------------------------------------------
 def parser() -> argparse.ArgumentParser:
-    top = data.Arguments(usage="%(prog)s --ckpt CKPT [options]", description=__doc__.split("\n")[0],
-                         allow_abbrev=False)
+    top = data.Arguments(None, "%(prog)s --ckpt CKPT [options]", __doc__.split("\n")[0], allow_abbrev=False)
     top.add_argument("--ckpt", required=True, help="run folder (best, else newest), step folder or file")
     top.add_argument("--base", default="", help="DINOv3 encoder that a delta checkpoint is added to")
     top.add_argument("--data", default="", help="data folder; default: the one the run was trained on")

@@ -715,12 +715,22 @@ def test_rle_of_another_size_is_refused(tmp_path, outline, word):
     error_of(lambda: SegmentDataset(tmp_path, task, "val"), where)
 
 
-def test_rle_may_leave_its_size_out(tmp_path):
+@pytest.mark.parametrize("size", [None, ["10", "12"]])
+def test_rle_may_leave_its_size_out(tmp_path, size):
     counts = rle_encode(np.pad(np.ones((2, 3), bool), ((1, 7), (2, 7))))["counts"]
-    notes = [{"segmentation": {"counts": c}} for c in (counts, [21, 2, 8, 2, 8, 2, 77])]
+    notes = [{"segmentation": {"counts": counts}},
+             {"segmentation": {"counts": [21, 2, 8, 2, 8, 2, 77], "size": size}}]
     task = two_pictures(tmp_path, [{"segmentation": SQUARE, "iscrowd": 1}, *notes])
     _, first, second = SegmentDataset(tmp_path, task, "val")[0].target.masks()
     assert torch.equal(first, second) and first.sum() == 6
+
+
+@pytest.mark.parametrize("name", ["lost+found", "@eaDir", ".Trashes"])
+def test_folders_of_the_system_need_no_rights(open_folder, name):
+    (open_folder / "images" / name).mkdir(parents=True)
+    (open_folder / "images" / "a.png").write_bytes(b"")
+    with closed(open_folder / "images" / name, 0):
+        assert data.FolderReader(open_folder / "images").names.tolist() == [b"a.png"]
 
 
 def test_number_of_an_annotation_behind_a_crowd(tmp_path):

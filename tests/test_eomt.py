@@ -410,10 +410,11 @@ def test_load_dinov3_delta_mistakes(tmp_path):
         load(tmp_path / "delta.bin", base=tmp_path / "other")
 
 
-def test_load_dinov2_encoder_from_transformers(tmp_path):
+@pytest.mark.parametrize("side", [70, [70, 70]])
+def test_load_dinov2_encoder_from_transformers(tmp_path, side):
     t = transformers()
     config = t.Dinov2WithRegistersConfig(
-        hidden_size=64, num_hidden_layers=3, num_attention_heads=1, patch_size=14, image_size=70,
+        hidden_size=64, num_hidden_layers=3, num_attention_heads=1, patch_size=14, image_size=side,
         num_register_tokens=4)
     theirs = randomise(t.Dinov2WithRegistersModel(config)).eval()
     theirs.save_pretrained(tmp_path)

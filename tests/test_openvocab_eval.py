@@ -509,7 +509,9 @@ def test_calibration_option_changes_the_classes(world, tmp_path, argv):
         torch.testing.assert_close(gain, torch.full_like(gain, 3.0), atol=1e-3, rtol=0)  # of person alone
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", json.dumps([None] * 133), json.dumps(["a"] * 133), "{}", "x"])
+@pytest.mark.parametrize("text", ["[1, 2]", json.dumps([None] * 133), json.dumps(["a"] * 133), "{}", "x",
+                                  json.dumps(dict.fromkeys(range(133), 0.0)), json.dumps("1" * 133),
+                                  json.dumps([float("nan")] * 133)])
 def test_class_bias_that_is_none(world, tmp_path, text):
     (tmp_path / "bias.json").write_text(text)
     with pytest.raises(ValueError, match="not a JSON list of 133 numbers"):
