@@ -945,7 +945,7 @@ def _infer(state, raw, hints) -> dict:
     if "q.weight" not in state:
         return dict(encoder=encoder)
     probs = next((len(v) for k, v in raw.items() if k.endswith("attn_mask_probs") and v.ndim), 0)
-    blocks = hints.get("num_blocks", probs or default_num_blocks(depth))
+    blocks = hints.get("num_blocks") or probs or default_num_blocks(depth)
     return dict(encoder=encoder, num_classes=state["class_head.weight"].shape[0] - 1,
                 num_queries=len(state["q.weight"]), num_blocks=blocks)
 

@@ -341,9 +341,7 @@ def class_bias(model, source: str) -> list[float]:
 
 def sweep(model, dataset, args, rank, world) -> Result:
     """A line per value of `--sweep ov-bias=0,0.5`; the network sees every image once."""
-    flag, _, listed = args.sweep.partition("=")
-    if args.out:
-        raise ValueError(f"--out {args.out}: --sweep writes no file; leave it out and keep the lines")
+    flag, _, listed = args.sweep.replace("_", "-").partition("=")
     kinds = {f"ov-{name}": kind for name, kind, _ in OV_OPTIONS if name not in ("pool", "class-bias")}
     if flag not in kinds or not listed:
         raise ValueError(f"--sweep {args.sweep}: write ov-bias=0,0.5,1, or ov-alpha, -beta, -temp, -reject")
@@ -460,6 +458,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise ValueError(f"--limit {args.limit}, --workers {args.workers}: below 0; give 0 or more")
     if args.out and (Path(args.out).is_dir() or not Path(args.out).parent.is_dir()):
         raise FileNotFoundError(f"--out {args.out}: not a file in a folder that is there; give another")
+    if args.out and args.sweep:
+        raise ValueError(f"--out {args.out}: --sweep writes no file; leave it out and keep the lines")
     if args.out:
         Path(args.out).open("ab").close()  # what cannot be written is known now, not after the evaluation
     return args

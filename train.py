@@ -631,7 +631,7 @@ def claim(out: Path, cfg: Config):
         shutil.rmtree(out)
     elif used and (cfg.overwrite or not cfg.resume):
         what = "already holds a run" if ours or not cfg.overwrite else "no run of train.py"
-        raise ValueError(f"{out}: {what}; --resume continues a run, --overwrite replaces it")
+        raise ValueError(f"{out}: {what}; --resume continues it, --overwrite replaces it; give one of these")
     out.mkdir(parents=True, exist_ok=True)
     (out / "log.txt").touch()
 
@@ -668,7 +668,7 @@ class Log:
         except ImportError:
             raise ValueError("--wandb: the package is not installed; pip install wandb") from None
         except wandb.Error as error:
-            raise ValueError(f"--wandb: {data.one_line(error)} Or give --wandb-mode offline") from error
+            raise ValueError(f"--wandb: {data.one_line(error)} Or: --wandb-mode offline --resume") from error
         if cfg.wandb_watch:
             self.wandb.watch(model, log="all", log_freq=cfg.log_every)
 

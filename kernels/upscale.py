@@ -401,6 +401,7 @@ class _MaskProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         queries, features = ctx.saved_tensors
+        grad = grad.to(queries.dtype)  # autocast may have made a product of fp32 a lower one
         return grad @ features, grad.mT @ queries  # (B, Q, C), (B, N, C)
 
 

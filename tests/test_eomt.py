@@ -244,6 +244,8 @@ def test_load_spellings_agree(tmp_path):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
     torch.save(hf, tmp_path / "silent.bin")  # nothing says it: the default of the depth
     assert load(tmp_path / "silent.bin").num_blocks == eomt.default_num_blocks(4) == 1
+    (tmp_path / "new" / "config.json").write_text('{"num_blocks": 0, "num_attention_heads": 1}')
+    assert load(tmp_path / "new").num_blocks == 1
 
 
 @pytest.mark.parametrize("kind", ["altered", "missing", "extra", "shape"])

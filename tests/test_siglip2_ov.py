@@ -40,7 +40,7 @@ def train_here(*argv):
 
 
 def eval_here(*argv):
-    return evaluation.run(evaluation.parser().parse_args(["--workers", "0", *map(str, argv)]))
+    return evaluation.run(evaluation.parse(["--workers", "0", *map(str, argv)]))
 
 
 def predict_here(*argv):

@@ -314,7 +314,8 @@ def test_overwrite_leaves_models_of_others_alone(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"precious")
     for flags, said in (({}, "already holds a run"), ({"overwrite": True}, "no run of train.py")):
-        with pytest.raises(ValueError, match=f"{said}; --resume continues a run, --overwrite replaces it$"):
+        advice = "--resume continues it, --overwrite replaces it; give one of these"
+        with pytest.raises(ValueError, match=f"{said}; {advice}$"):
             train.claim(tmp_path, train.Config(**flags))
     assert len(list(tmp_path.iterdir())) == 2
     (tmp_path / "log.txt").touch()
@@ -574,7 +575,7 @@ def test_rope_is_stretched_only_where_there_is_one():
 def test_resume_and_overwrite_together_remove_nothing(tmp_path):
     for name in ("config.json", "log.txt"):
         (tmp_path / name).write_text("mine")
-    with pytest.raises(ValueError, match="already holds a run; --resume continues a run, --overwrite"):
+    with pytest.raises(ValueError, match="already holds a run; --resume continues it, --overwrite"):
         train.claim(tmp_path, train.Config(resume=True, overwrite=True))
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -644,7 +645,8 @@ def test_wandb_that_refuses_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Error=Error, init=init))
     cfg, _ = train.parse(["--quick", "--wandb"])
-    with pytest.raises(ValueError, match=r"^--wandb: No API key .* log in\. Or give --wandb-mode offline$"):
+    line = r"^--wandb: No API key .* log in\. Or: --wandb-mode offline --resume$"
+    with pytest.raises(ValueError, match=line):
         train.Log(tmp_path, 0).start_wandb(cfg, None, {})
 
 

@@ -250,6 +250,11 @@ def test_mask_product_against_einsum(shape):
     assert got[1].is_contiguous() and (theirs[1].is_contiguous() == (B * H * W < 2))
     with torch.autocast("cpu", dtype=torch.bfloat16):  # the torch path leaves a LayerNorm's features in fp32
         low = mask_product(queries.bfloat16(), features.float())
+        q, f = queries.detach().float().requires_grad_(), features.detach().float().requires_grad_()
+        cast = mask_product(q, f)  # einsum takes them too
+    cast.backward(grad.to(cast.dtype))
+    assert q.grad.dtype == f.grad.dtype == torch.float32
+    assert B == 0 or max(error(q.grad, got[0]), error(f.grad, got[1])) < 1e-2
     assert low.dtype == torch.bfloat16 and (B == 0 or error(low.detach(), want.detach()) < 1e-2)
     low.sum().backward()
     assert features.grad.dtype == torch.float64 and queries.grad.isfinite().all()
