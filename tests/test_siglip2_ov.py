@@ -22,7 +22,7 @@ import siglip2
 import train
 import vocab
 
-from .test_train import run
+from .test_resume import Run
 
 WORDS = vocab.SHAPES_OPEN
 SEEN, UNSEEN = vocab.split(WORDS, "shapes")
@@ -167,22 +167,9 @@ def test_resume_continues_a_stage(world, stages):
 
 
 def test_two_ranks_first_loss(world, stages):
-    done = run(
-        "train.py",
-        *TINY,
-        "--stage",
-        "B",
-        "--data",
-        world / "data",
-        "--init",
-        world / "A",
-        "--steps",
-        3,
-        "--out",
-        world / "B2",
-        ranks=2,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    words = [*TINY, "--stage", "B", "--data", world / "data", "--init", world / "A", "--steps", 3]
+    two = Run(world / "B2", *words, "--out", world / "B2", ranks=2)
+    assert two.wait() == [0, 0], two.text()
     rows = [json.loads(line) for line in open(world / "B2" / "metrics.jsonl")]
     for key in ("loss", "mask", "dice", "class", "itc"):
         assert rows[0][key] == pytest.approx(stages["B"][0][key], rel=1e-5)

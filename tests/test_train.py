@@ -2,10 +2,13 @@
 
 # SPDX-License-Identifier: MIT
 import json
+import multiprocessing
 import os
 import re
+import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,26 +43,31 @@ TINY = [
 ]
 
 
-def run(script, *argv, cwd=None, ranks=0, env=None):
-    """A script as a user runs it; returns the finished process."""
-    head = [sys.executable]
-    if ranks:
-        head += [
-            "-m",
-            "torch.distributed.run",
-            f"--nproc_per_node={ranks}",
-            "--master_port=0",
-            "--rdzv_backend=c10d",
-            "--rdzv_endpoint=localhost:0",
-        ]
-    return subprocess.run(
-        [*head, str(ROOT / script), *map(str, argv)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
-        timeout=300,
-    )
+SERVER = multiprocessing.get_context("forkserver")  # its processes begin with the modules imported
+SERVER.set_forkserver_preload(["train", "eval", "predict"])
+
+
+def script(argv, cwd, environment, folder):
+    """What `python argv[0] ...` does, with what it says in two files."""
+    for number in (1, 2):
+        os.dup2(os.open(folder / str(number), os.O_WRONLY | os.O_CREAT), number)
+    os.chdir(cwd)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
+
+
+def run(name, *argv, cwd=".", env=None):
+    """A script as a user runs it; its exit code and what it said."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = [str(ROOT / name), *map(str, argv)]
+        process = SERVER.Process(target=script, args=(words, cwd, env or {}, Path(folder)))
+        process.start()
+        process.join(300)
+        process.kill()
+        said = {word: Path(folder, str(n)).read_text() for n, word in ((1, "stdout"), (2, "stderr"))}
+    return SimpleNamespace(returncode=process.exitcode, **said)
 
 
 @pytest.fixture(scope="session")
