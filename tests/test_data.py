@@ -2,6 +2,7 @@
 
 # SPDX-License-Identifier: MIT
 import colorsys
+import contextlib
 import io
 import json
 import multiprocessing
@@ -14,6 +15,7 @@ import tarfile
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -1005,6 +1007,45 @@ def test_eval_loader_shards_without_padding(shapes, count, world, workers):
             assert torch.equal(sample.image, direct.image) and torch.equal(
                 sample.target.masks(), direct.target.masks()
             )
+
+
+def test_staged_copies_the_next_batch_beside_the_work(monkeypatch):
+    """On a stream of its own; work waits for its own batch alone, whose memory is kept until it is done."""
+    streams, done = ["main"], []
+
+    class Pixels:
+        def __init__(self, name):
+            self.name = name
+
+        def to(self, device, non_blocking=False):
+            done.append(f"{streams[-1]} copies {self.name}{'' if non_blocking else ' and waits'}")
+            return self
+
+        def record_stream(self, stream):
+            done.append(f"{stream.name} keeps {self.name}")
+
+    @contextlib.contextmanager
+    def enter(stream):
+        streams.append(stream.name)
+        yield
+        streams.pop()
+
+    def stream(name):
+        def wait_stream(other):
+            done.append(f"{name} waits for {other.name}")
+
+        return SimpleNamespace(name=name, wait_stream=wait_stream)
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream("side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream(streams[-1]))
+    monkeypatch.setattr(torch.cuda, "stream", enter)
+    monkeypatch.setattr(data, "_batch", lambda packed: packed[2])
+    rows = [SimpleNamespace(packed=[Pixels(f"a{k}"), Pixels(f"b{k}"), k]) for k in range(2)]
+    for k in data.staged(rows, SimpleNamespace(type="cuda")):
+        done.append(f"{streams[-1]} works on {k}")
+    copies = [[f"side copies a{k}", f"side copies b{k}"] for k in range(2)]
+    ready = [["main waits for side", f"main keeps a{k}", f"main keeps b{k}"] for k in range(2)]
+    assert done == [*copies[0], *ready[0], *copies[1], "main works on 0", *ready[1], "main works on 1"]
 
 
 def run_script(body):
