@@ -395,6 +395,21 @@ def test_init_from_other_classes(short_run, shapes, tmp_path):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_images_go_to_a_gpu_from_pinned_memory(device, monkeypatch):
+    """A copy from other memory is not made beside the work."""
+    trainer, asked = object.__new__(train.Trainer), {}
+    trainer.cfg, _ = train.parse(["--quick", "--steps", "3"])
+    train.split_batch(trainer.cfg, 1)
+    trainer.rank, trainer.world, trainer.missed = 0, 1, False
+    trainer.device, trainer.raw = SimpleNamespace(type=device), torch.nn.Identity()
+    trainer.sets = {"train": range(32)}
+    monkeypatch.setattr(torch.utils.data, "DataLoader", lambda *words, **options: asked.update(options))
+    monkeypatch.setattr(data, "staged", lambda batches, to: asked.update(to=to))
+    assert trainer.fit(3, SimpleNamespace(signal=0)) == 0
+    assert asked["pin_memory"] == (device == "cuda") and asked["to"] is trainer.device
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_verdict_on_a_step_is_read_after_its_copy(device):
     """On CUDA the copy to the host may still be under way when `settle` comes: it waits for the event."""
     trainer = object.__new__(train.Trainer)
