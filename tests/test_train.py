@@ -409,6 +409,22 @@ def test_images_go_to_a_gpu_from_pinned_memory(device, monkeypatch):
     assert asked["pin_memory"] == (device == "cuda") and asked["to"] is trainer.device
 
 
+def test_masks_are_left_out_once_all_are_annealed(monkeypatch):
+    """From the end of the last window on no mask is made; before it, in each block."""
+    cfg, _ = train.parse("--quick --steps 120 --num-blocks 2 --batch-size 2 --num-points 32".split())
+    model = train.make_model(cfg, vocab.SHAPES).train()
+    trainer, packed, pack = train.Trainer(cfg, model, torch.device("cpu")), [], eomt.pack_mask
+    monkeypatch.setattr(eomt, "pack_mask", lambda *words: packed.append(1) or pack(*words))
+    target = data.Target.from_masks(np.ones((1, 64, 64), bool), [0])
+    images, made = torch.zeros(2, 3, 64, 64, dtype=torch.uint8), []
+    part = SimpleNamespace(images=images, targets=[target] * 2, names="ab")
+    for step in (0, 99, 100):  # the windows: 20 to 40, 80 to 100
+        packed.clear()
+        trainer.backward(step, 0, part, torch.ones(2))
+        made.append(len(packed))
+    assert made == [2, 2, 0]
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_verdict_on_a_step_is_read_after_its_copy(device):
     """On CUDA the copy to the host may still be under way when `settle` comes: it waits for the event."""
