@@ -776,8 +776,9 @@ class Profile:
         self.trace.start()
         atexit.register(self.trace.stop)  # open at the end of the process, in a run of few steps, it crashes
 
-    def __call__(self, part: str):
-        """The time since the last call went into `part`."""
+    def __call__(self, part: str, steps: int = 0) -> dict[str, float]:
+        """The time since the last call went into `part`. With `steps`, what they took so far: milliseconds a
+        step of each part, as `ms_<part>`; then it begins anew."""
         if self.cuda:
             torch.cuda.synchronize()
         now = time.perf_counter()
@@ -785,12 +786,8 @@ class Profile:
         self.since = now
         if part == "optimiser":
             self.trace.step()
-
-    def split(self, steps: int) -> dict[str, float]:
-        """Milliseconds a step of each part since the last time, as `ms_<part>`."""
-        self("rest")
-        found, self.seconds = self.seconds, {}
-        return {f"ms_{part}": 1e3 * seconds / steps for part, seconds in found.items()}
+        found, self.seconds = self.seconds, {} if steps else self.seconds
+        return {f"ms_{part}": 1e3 * seconds / steps for part, seconds in found.items()} if steps else {}
 
 
 class Trainer:
@@ -812,7 +809,7 @@ class Trainer:
         self.kept = dict(optimizer=self.optimizer, scaler=self.scaler)
         self.best, self.bad, self.skipped, self.warned = -1.0, 0, 0, set()
         self.done, self.missed, self.fault, self.pending = 0, False, "", None
-        self.lap = Profile(device, log.out / f"trace-{rank}.json") if cfg.profile else lambda part: None
+        self.lap = Profile(device, log.out / f"trace-{rank}.json") if cfg.profile else lambda *_: {}
 
     def wrap(self):
         """Compilation and ranks, after the weights are loaded."""
@@ -950,7 +947,7 @@ class Trainer:
         memory = torch.cuda.max_memory_allocated() / 1e9 if self.device.type == "cuda" else 0.0
         eta = datetime.timedelta(seconds=int((cfg.steps - done) * seconds / steps))
         speed = steps * cfg.batch_size / seconds
-        parts = self.lap.split(steps) if cfg.profile else {}
+        parts = self.lap("rest", steps)
         text = " ".join(f"{key} {value:.4f}" for key, value in losses.items())
         bad = f" bad {self.bad}" if self.bad else ""
         bad += "".join(f" {key} {value:.1f}" for key, value in parts.items())
@@ -1009,6 +1006,7 @@ class Trainer:
         if self.missed:  # killed after the save and before the end of the evaluation
             self.evaluate(first)
         self.raw.train()
+        self.lap("rest", 1)  # what a start takes
         began, since = time.time(), first
         for step in range(first, cfg.steps):
             self.lap("rest")
@@ -1032,6 +1030,7 @@ class Trainer:
                 self.save(done)
             if self.due(done):
                 self.evaluate(done)
+                self.lap("rest", 1)  # in no line, as the steps between the last one and here
                 began, since = time.time(), done
         return 0
 

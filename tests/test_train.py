@@ -100,6 +100,19 @@ def test_profile_splits_the_step(shapes, tmp_path):
     assert len(json.loads((tmp_path / "run" / "trace-0.json").read_text())["traceEvents"]) > 1000
 
 
+def test_profile_after_an_evaluation(shapes, tmp_path):
+    """Its time, and the steps between the last line and it, are in no part of the steps that follow."""
+    flags = ["--steps", 9, "--log-every", 5, "--eval-every", 4, "--save-every", 9]
+    done = run("train.py", *TINY, *flags, "--profile", "--data", shapes, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in rows] == [5, 9]
+    for row in rows:  # both are of one step
+        seconds = sum(value for key, value in row.items() if key.startswith("ms_")) / 1e3
+        assert 0.8 < seconds * row["img_s"] / 4 < 1.25, row
+
+
 def test_profile_of_a_run_shorter_than_its_trace(shapes, tmp_path):
     """A profiler left open at the end of the process crashed it."""
     done = run("train.py", *TINY, "--profile", "--steps", 2, "--data", shapes, "--out", tmp_path / "run")
@@ -400,7 +413,7 @@ def test_images_go_to_a_gpu_from_pinned_memory(device, monkeypatch):
     trainer, asked = object.__new__(train.Trainer), {}
     trainer.cfg, _ = train.parse(["--quick", "--steps", "3"])
     train.split_batch(trainer.cfg, 1)
-    trainer.rank, trainer.world, trainer.missed = 0, 1, False
+    trainer.rank, trainer.world, trainer.missed, trainer.lap = 0, 1, False, lambda *_: {}
     trainer.device, trainer.raw = SimpleNamespace(type=device), torch.nn.Identity()
     trainer.sets = {"train": range(32)}
     monkeypatch.setattr(torch.utils.data, "DataLoader", lambda *words, **options: asked.update(options))
