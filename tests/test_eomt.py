@@ -720,6 +720,30 @@ def test_gpu_accelerate_equals_autocast(batch):
         torch.testing.assert_close(a.scores, b.scores, rtol=2e-2, atol=1e-3)
 
 
+def test_accelerate_on_a_gpu_is_bf16_and_cuda_graphs(monkeypatch):
+    """Weights that say they are on one: no linear layer is left for autocast to convert at every call.
+    With a batch size the model is compiled, and the graphs know where a call begins."""
+
+    class Far(torch.nn.Parameter):
+        is_cuda = property(lambda self: True)
+
+    steps, asked = [], []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: steps.append(1))
+    for batch in (0, 4):
+        model = tiny()
+        model.compile = lambda **options: asked.append(options)
+        linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+        for module in linears:
+            module.weight = Far(module.weight.detach())
+        eomt.accelerate(model, batch=batch)
+        assert {p.dtype for module in linears for p in module.parameters()} == {torch.bfloat16}
+    assert asked == [dict(mode="reduce-overhead")] and model.meta["batch"] == 4
+    other = tiny()  # the bf16 weights want the GPU's autocast
+    for other.meta in ({}, dict(batch=4)):
+        eomt._network(other, images(3, 3, 32, 32), None)
+    assert steps == [1]
+
+
 def test_recompute_same_gradients():
     """Bit by bit, and far fewer tensors are kept for backward."""
     gradients, kept = [], []
