@@ -274,6 +274,7 @@ def test_no_autograd_below_first_trainable_block(world):
             block.register_forward_hook(lambda module, inputs, out, to=graphs: to.append(out.requires_grad))
         losses_of(trainer, batch(world))
         assert graphs[:4] == [i >= first for i in range(4)]
+        assert graphs[4:] == [False] * (4 - first)  # Stage B's teacher takes the tokens that are the same
 
 
 def test_teacher_is_the_tower_without_adapters(world):
