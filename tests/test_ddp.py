@@ -2,6 +2,7 @@
 not finite."""
 
 # SPDX-License-Identifier: MIT
+import contextlib
 import json
 import os
 import re
@@ -146,6 +147,27 @@ def test_gradient_does_not_depend_on_split(shapes):  # noqa: F811
             torch.testing.assert_close(
                 other[key], want, rtol=1e-3, atol=1e-5 * want.abs().max().item() + 1e-9
             )
+
+
+def test_ranks_exchange_gradients_once_a_step(shapes):  # noqa: F811
+    """Not after every part: forward and backward of all but the last are inside DDP's no_sync."""
+    cfg, _ = train.parse([*TINY, "--data", str(shapes), "--device-batch-size", "1"])
+    trainer = train.Trainer(cfg, train.make_model(cfg, data.TASKS["shapes"].vocabulary), torch.device("cpu"))
+    sets, alone, seen = data.SegmentDataset(shapes, "shapes", "train", data.Augment(64)), [], []
+
+    @contextlib.contextmanager
+    def no_sync():
+        alone.append(1)
+        yield
+        alone.pop()
+
+    trainer.raw.no_sync, trainer.world = no_sync, 2
+    trainer.raw.register_forward_pre_hook(lambda *_: seen.append(len(alone)))
+    trainer.raw.q.weight.register_hook(lambda _: seen.append(len(alone)))  # backward
+    parts = list(data.loader(sets, 4, 1, device_batch=1))
+    for i, part in enumerate(parts):
+        trainer.backward(0, i, part, torch.ones(2))
+    assert seen == [1, 1] * 3 + [0, 0]
 
 
 # ---- Faults ------------------------------------------------------------------------------------------------
