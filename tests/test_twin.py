@@ -102,6 +102,7 @@ def test_closed_classes(world, on_twin):
     )
     for k, parts in ((0, 6), (4, 3), (7, 3)):
         check(waits[k], parts)
+    assert [waits[k]["eomt._network: upload"] for k in (1, 2, 5)] == [1, 1, 1]  # all 4 images at once
     assert run_script("train.py", *same[1:], "--out", world / "C").returncode == 0
     np.testing.assert_allclose(losses(world / "P"), losses(world / "C"), rtol=1e-4)
 
