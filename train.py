@@ -26,7 +26,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +50,7 @@ def setting(default, phrase, least=0, most=10**9, among=()):
     return dataclasses.field(default=default, metadata={"help": phrase, "limits": (least, most, among)})
 
 
-@dataclass
+@dataclasses.dataclass
 class Config:
     # what is trained
     task: str = setting("coco_panoptic", f"auto (look at --data), {', '.join(data.TASKS)}")
@@ -257,20 +256,20 @@ def read_config(path: str) -> dict:
         raise ValueError(f"{path}: not a run's config.json; give RUN/config.json") from None
     for key in (key for key in stored if key not in Config.__annotations__):
         raise ValueError(f"{path}!{key}: there is no such setting; remove it, or give another --config")
-    return stored
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
 
 
 def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
     """Command line -> resolved Config, and where each value that is not a default came from."""
     top = parser()
     flags, unknown = top.parse_known_args([hyphens(word) for word in argv])
-    for word in unknown:
-        if word.split("=")[0] in SEED_WORDS:
-            raise ValueError(f"{word}: this is {SEED_WORDS[word.split('=')[0]]} here; see --help")
-        if word.startswith("-") or word == unknown[0]:
-            near = difflib.get_close_matches(word.split("=")[0], top._option_string_actions, 1)
-            advice = f"did you mean {near[0]}?" if near else "see --help"
-            raise ValueError(f"{word}: unknown option; {advice}")
+    if unknown:
+        name = unknown[0].split("=")[0]
+        if name in SEED_WORDS:
+            raise ValueError(f"{unknown[0]}: this is {SEED_WORDS[name]} here; see --help")
+        near = difflib.get_close_matches(name, top._option_string_actions, 1)
+        advice = f"did you mean {near[0]}?" if near else "see --help"
+        raise ValueError(f"{unknown[0]}: unknown option; {advice}")
     given = {key: value for key, value in vars(flags).items() if value is not None}
     stored = read_config(given["config"]) if given.get("config") else {}
     follows = dict(steps="epochs", device_batch_size="batch_size")  # computed, if the latter is given now
@@ -283,30 +282,24 @@ def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
         raise ValueError(f"--{key.replace('_', '-')} {given[key]}: only for a stage; give --stage A, B or C")
     recipe = STAGES[stage] | dict(encoder="siglip2_large") if stage else {}
     quick = QUICKS[stage] if given.get("quick", stored.get("quick")) else {}
-    axes = {key: getattr(Config, key) for key in ("task", "encoder", "data")}
-    axes |= recipe | quick | stored | given
-    task = data.find_task(axes["data"], axes["task"])
+    axes = vars(Config()) | recipe | quick | stored | given
+    task, encoder = data.find_task(axes["data"], axes["task"]), axes["encoder"]
     fits = TOWERS if stage else eomt.ENCODERS
-    if axes["encoder"] not in fits:
-        every = (*TOWERS, *eomt.ENCODERS)
-        known = f"not for --stage {stage or '(none)'}" if axes["encoder"] in every else "unknown"
-        raise ValueError(f"--encoder {axes['encoder']}: {known}; one of {', '.join(fits)}")
+    if encoder not in fits:
+        known = f"not for --stage {stage or '(none)'}" if encoder in TOWERS | eomt.ENCODERS else "unknown"
+        raise ValueError(f"--encoder {encoder}: {known}; one of {', '.join(fits)}")
     layers = [("task", dict(num_queries=task.queries, epochs=task.epochs, size=task.size, scale=task.scale,
                             color_jitter=task.color_jitter)),
-              ("encoder", encoder_row(axes["encoder"], task.name)),
+              ("encoder", encoder_row(encoder, task.name)),
               ("stage", recipe), ("quick", quick), ("config", stored), ("flag", given)]
-    values, origin = {}, {}
-    for name, layer in layers:
-        values |= {key: tuple(v) if isinstance(v, list) else v for key, v in layer.items()}
-        origin |= dict.fromkeys(layer, name)
-    cfg = Config(**values)
-    depth = TOWERS[cfg.encoder][0][2] if stage else eomt.ENCODERS[cfg.encoder]["depth"]
+    cfg = Config(**{key: value for _, layer in layers for key, value in layer.items()})
+    depth = TOWERS[encoder][0][2] if stage else eomt.ENCODERS[encoder]["depth"]
     if not 0 <= cfg.num_blocks <= depth:
-        raise ValueError(f"--num-blocks {cfg.num_blocks}: {cfg.encoder} has {depth}; give 0 to {depth}")
-    if cfg.rope_rescale != 1 and (stage or "rope" not in eomt.ENCODERS[cfg.encoder]):
-        raise ValueError(f"--rope-rescale {cfg.rope_rescale}: {cfg.encoder} has no RoPE; give 1")
-    cfg.out = cfg.out or f"runs/{task.name}_{cfg.encoder}_{cfg.size}"
-    return cfg, origin
+        raise ValueError(f"--num-blocks {cfg.num_blocks}: {encoder} has {depth}; give 0 to {depth}")
+    if cfg.rope_rescale != 1 and (stage or "rope" not in eomt.ENCODERS[encoder]):
+        raise ValueError(f"--rope-rescale {cfg.rope_rescale}: {encoder} has no RoPE; give 1")
+    cfg.out = cfg.out or f"runs/{task.name}_{encoder}_{cfg.size}"
+    return cfg, {key: name for name, layer in layers for key in layer}
 
 
 def split_batch(cfg: Config, world: int) -> int:
