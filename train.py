@@ -93,7 +93,7 @@ class Config:
     split_policy: str = setting("void", "unseen segments, or every image with one", among=("void", "drop"))
     freeze_backbone: bool = setting(True, "the tower itself is not trained")
     lora: bool = setting(False, "adapters in the tower's last blocks")
-    lora_last_n: int = setting(12, "blocks with adapters")
+    lora_last_n: int = setting(12, "blocks with adapters", 1)
     lora_rank_attn: int = setting(16, "rank of the adapters of q, k and v")
     lora_rank_ffn: int = setting(32, "rank of the adapters of fc1 and fc2")
     train_heads: bool = setting(True, "everything but the tower is trained")
@@ -254,9 +254,17 @@ def read_config(path: str) -> dict:
         stored = dict(json.loads(Path(path).read_text())["config"])
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{path}: not a run's config.json; give RUN/config.json") from None
-    for key in (key for key in stored if key not in Config.__annotations__):
-        raise ValueError(f"{path}!{key}: there is no such setting; remove it, or give another --config")
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
+    kinds = {bool: ("true or false", bool), int: ("a whole number", int), float: ("a number", int, float),
+             str: ("a text", str), tuple[float, ...]: ("a list of numbers", list)}
+    for key, value in stored.items():
+        if key not in Config.__annotations__:
+            raise ValueError(f"{path}!{key}: there is no such setting; remove it, or give another --config")
+        wanted, *fits = kinds[Config.__annotations__[key]]
+        items = value if type(value) is list else []
+        if type(value) not in fits or not all(type(item) in (int, float) for item in items):
+            raise ValueError(f"{path}!{key}: {json.dumps(value)}; give {wanted}")
+        stored[key] = tuple(value) if type(value) is list else value
+    return stored
 
 
 def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
@@ -271,6 +279,8 @@ def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
         advice = f"did you mean {near[0]}?" if near else "see --help"
         raise ValueError(f"{unknown[0]}: unknown option; {advice}")
     given = {key: value for key, value in vars(flags).items() if value is not None}
+    if given.get("resume") and given.get("overwrite"):
+        raise ValueError("--resume continues the run in --out, --overwrite replaces it; give one of these")
     stored = read_config(given["config"]) if given.get("config") else {}
     follows = dict(steps="epochs", device_batch_size="batch_size")  # computed, if the latter is given now
     old = {"out", "resume", "overwrite", "config"} | {k for k in follows if follows[k] in given}
@@ -654,12 +664,13 @@ class Log:
         tags = [tag for tag in cfg.wandb_tags.split(",") if tag]
         try:
             import wandb
+        except Exception as error:  # one that does not fit its protobuf raises anything
+            raise ValueError(f"--wandb: {data.one_line(error)}; pip install --upgrade wandb") from error
+        try:
             self.wandb = wandb.init(
                 project=cfg.wandb_project, name=cfg.wandb_name or self.out.name, id=mark.read_text(),
                 group=cfg.wandb_group or None, tags=tags, notes=cfg.wandb_notes or None, mode=cfg.wandb_mode,
                 resume=cfg.wandb_resume, dir=str(self.out), config=dataclasses.asdict(cfg) | facts)
-        except ImportError:
-            raise ValueError("--wandb: the package is not installed; pip install wandb") from None
         except wandb.Error as error:
             raise ValueError(f"--wandb: {data.one_line(error)} Or: --wandb-mode offline --resume") from error
         if cfg.wandb_watch:

@@ -549,6 +549,7 @@ def test_mistyped_options_are_answered_in_one_line(script):
 @pytest.mark.parametrize("words,least", [
     *(([flag, "-1"], 0) for flag in ("--lr", "--steps", "--epochs", "--workers", "--eval-every")),
     *(([f"--{name}", "0"], 1) for name in ("size", "num-queries", "num-points", "log-every", "save-every")),
+    (["--lora-last-n", "0", "--stage", "B"], 1),
     (["--batch-size", "0"], 1), (["--batch-size", "-4"], 1), (["--device-batch-size", "-2"], 0),
     (["--lr", "nan"], 0), (["--epochs", "nan"], 0)])
 def test_numbers_too_small_are_refused(words, least):
@@ -606,6 +607,23 @@ def test_config_with_a_setting_that_is_none(tmp_path):
         train.parse(["--config", str(tmp_path / "x.json")])
 
 
+@pytest.mark.parametrize("key,value,wanted", [
+    ("size", "big", "a whole number"), ("size", 6.5, "a whole number"), ("size", True, "a whole number"),
+    ("lr", [1], "a number"), ("lr", None, "a number"), ("compile", 1, "true or false"),
+    ("out", {}, "a text"), ("task", ["shapes"], "a text"), ("data", 3, "a text"),
+    ("scale", 2, "a list of numbers"), ("scale", [1, "2"], "a list of numbers")])
+def test_config_with_a_value_of_another_type(key, value, wanted, tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps(dict(config={key: value})))
+    with pytest.raises(ValueError) as error:
+        train.parse(["--config", str(tmp_path / "x.json")])
+    assert str(error.value) == f"{tmp_path}/x.json!{key}: {json.dumps(value)}; give {wanted}"
+
+
+def test_config_of_a_run_fits_its_types(short_run):
+    cfg, _ = train.parse(["--config", str(short_run[0] / "config.json")])
+    assert (cfg.steps, cfg.scale, cfg.first_window) == (4, (0.8, 1.25), ())
+
+
 @pytest.mark.parametrize("flags,depth", [(("--encoder", "tiny"), 5), (("--encoder", "dinov2_large"), 24),
                                          (("--stage", "A", "--encoder", "siglip2_so400m"), 27)])
 @pytest.mark.parametrize("number", ["99", "-1"])
@@ -622,6 +640,13 @@ def test_rope_is_stretched_only_where_there_is_one():
     with pytest.raises(ValueError, match="^--rope-rescale 0.0; give 1 or more$"):
         train.parse(["--encoder", "dinov3_small", "--rope-rescale", "0"])
     assert train.parse(["--encoder", "dinov3_small"])[0].rope_rescale == 2
+
+
+def test_resume_and_overwrite_together_are_refused_before_the_work():
+    for flags in (["--resume", "--overwrite"], ["--quick", "--overwrite", "--resume"]):
+        with pytest.raises(ValueError, match="^--resume continues the run in --out, --overwrite replaces it; "
+                           "give one of these$"):
+            train.parse(["--data", "x", *flags])
 
 
 def test_resume_and_overwrite_together_remove_nothing(tmp_path):
@@ -698,6 +723,23 @@ def test_wandb_that_refuses_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Error=Error, init=init))
     cfg, _ = train.parse(["--quick", "--wandb"])
     line = r"^--wandb: No API key .* log in\. Or: --wandb-mode offline --resume$"
+    with pytest.raises(ValueError, match=line):
+        train.Log(tmp_path, 0).start_wandb(cfg, None, {})
+
+
+@pytest.mark.parametrize("fault", [TypeError, AttributeError, type("VersionError", (Exception,), {})])
+def test_wandb_that_cannot_be_imported_is_one_line(tmp_path, monkeypatch, fault):
+    """A package that does not fit its protobuf raises what it likes; none of it is about training."""
+    (tmp_path / "wandb.py").write_text("import broken_protobuf\nbroken_protobuf.start()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+
+    def start():
+        raise fault("Descriptors cannot be created directly.\nDowngrade it.")
+
+    monkeypatch.setitem(sys.modules, "broken_protobuf", SimpleNamespace(start=start))
+    cfg, _ = train.parse(["--quick", "--wandb"])
+    line = r"^--wandb: Descriptors cannot be created directly\.; pip install --upgrade wandb$"
     with pytest.raises(ValueError, match=line):
         train.Log(tmp_path, 0).start_wandb(cfg, None, {})
 
