@@ -13,7 +13,6 @@ User mistakes end with one line `error: ...` and exit code 1.
 # SPDX-License-Identifier: MIT
 import argparse
 import atexit
-import contextlib
 import dataclasses
 import datetime
 import difflib
@@ -21,6 +20,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -230,22 +230,15 @@ def parser() -> argparse.ArgumentParser:
     rows = [f"  {word:<40}{flag}" for word, flag in SEED_WORDS.items() if f"MODEL.{word}" not in SEED_WORDS]
     top = data.Arguments(usage="%(prog)s [options]; --help lists them", description=__doc__.split("\n")[0],
                          allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         argument_default=argparse.SUPPRESS,  # what was not given is not there
                          epilog="\n".join(["original recipe -> here:", *rows]))
     for field in dataclasses.fields(Config):
         flag, kind, phrase = f"--{field.name.replace('_', '-')}", field.type, field.metadata["help"]
         phrase += "" if field.default == "" else f" (default: {field.default})"
-        if kind is bool:
-            top.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=phrase)
-            continue
-        read = kind if kind in (int, float, str) else numbers
-        top.add_argument(flag, type=read, default=None, metavar=field.name.upper(), help=phrase)
+        value = dict(type=kind if kind in (int, float, str) else numbers, metavar=field.name.upper())
+        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else value
+        top.add_argument(flag, help=phrase, **how)
     return top
-
-
-def hyphens(word: str) -> str:
-    """--some_name=x_y -> --some-name=x_y; options with a dot are names of other projects and stay."""
-    name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value if name.startswith("--") and "." not in name else word
 
 
 def read_config(path: str) -> dict:
@@ -270,7 +263,9 @@ def read_config(path: str) -> dict:
 def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
     """Command line -> resolved Config, and where each value that is not a default came from."""
     top = parser()
-    flags, unknown = top.parse_known_args([hyphens(word) for word in argv])
+    # --some_name=x_y -> --some-name=x_y; options with a dot are names of other projects and stay
+    words = [re.sub(r"^--[\w-]+(?=$|=)", lambda name: name[0].replace("_", "-"), word) for word in argv]
+    flags, unknown = top.parse_known_args(words)
     if unknown:
         name = unknown[0].split("=")[0]
         if name in SEED_WORDS:
@@ -278,7 +273,7 @@ def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
         near = difflib.get_close_matches(name, top._option_string_actions, 1)
         advice = f"did you mean {near[0]}?" if near else "see --help"
         raise ValueError(f"{unknown[0]}: unknown option; {advice}")
-    given = {key: value for key, value in vars(flags).items() if value is not None}
+    given = vars(flags)
     if given.get("resume") and given.get("overwrite"):
         raise ValueError("--resume continues the run in --out, --overwrite replaces it; give one of these")
     stored = read_config(given["config"]) if given.get("config") else {}
@@ -339,9 +334,6 @@ def make_model(cfg: Config, vocabulary) -> eomt.EoMT:
     """The model of the settings with random weights, seeded."""
     torch.manual_seed(cfg.seed)
     row = {"patch": 16} | eomt.ENCODERS[cfg.encoder]
-    if cfg.size % row["patch"]:
-        raise ValueError(f"--size {cfg.size} is no multiple of the patch size {row['patch']}; "
-                         f"take {max(1, cfg.size // row['patch']) * row['patch']}")
     encoder = eomt.ViT(**row, grid=(cfg.size // row["patch"],) * 2)
     return eomt.EoMT(encoder, len(vocabulary.names), cfg.num_queries, cfg.num_blocks or None)
 
@@ -354,16 +346,18 @@ def seen_classes(vocabulary, name: str) -> tuple[int, ...]:
 def read_start(cfg: Config):
     """(config, state, meta) of the checkpoint that a stage continues or starts from, or None."""
     path = cfg.out if cfg.resume and run_steps(Path(cfg.out)) else cfg.init
-    if not path:
+    if not path or not cfg.stage:
         return None
-    config, state, meta = eomt.read(path)
-    if "open" not in config:
+    found = eomt.read(path)
+    if "open" not in found[0]:
         raise ValueError(f"{path}: made without --stage; leave it out, or give a run of --stage A, B or C")
-    return config, state, meta
+    return found
 
 
 def inherit(cfg: Config, origin: dict, start, vocabulary):
     """What a later stage takes over from the checkpoint it starts from, where no flag says otherwise."""
+    if not start:
+        return
     config, _, meta = start
     kept = dict(config["open"], num_queries=config["num_queries"], num_blocks=config["num_blocks"],
                 size=meta["size"], templates=meta["template"],
@@ -411,16 +405,13 @@ def make_text(cfg: Config, vocabulary, width: int):
 def make_open(cfg: Config, vocabulary, start) -> eomt.OpenVocabEoMT:
     """The model of a stage: tower, text rows and heads in place, what is not trained frozen."""
     torch.manual_seed(cfg.seed)
+    config, state, _ = start or ({}, {}, {})
     if start:
-        config, state, _ = start
         tower = siglip2.VisionTower(**config["encoder"])
         text = [state[f"class_head.{name}"] for name in ("rows", "owner", "logit_scale", "logit_bias")]
     else:
         tower = make_tower(cfg)
         text = make_text(cfg, vocabulary, tower.width)
-    if cfg.size % tower.patch:
-        raise ValueError(f"--size {cfg.size} is no multiple of the patch size {tower.patch}; "
-                         f"take {max(1, cfg.size // tower.patch) * tower.patch}")
     seen = torch.zeros(len(vocabulary.names), dtype=torch.bool)
     seen[list(seen_classes(vocabulary, cfg.split))] = True
     torch.manual_seed(cfg.seed)  # the same heads whatever the tower drew
@@ -434,31 +425,31 @@ def make_open(cfg: Config, vocabulary, start) -> eomt.OpenVocabEoMT:
         skip = () if cfg.load_class_head else ("class_head.",)
         skip += () if "fuse" in plain and model.fuse is not None else ("fuse",)  # layers new to it start at 0
         eomt.fill(model, plain, cfg.init or cfg.out, skip=skip)
-    freeze(model, cfg, state if start else {})
+    freeze(model, cfg, state)
     return model
 
 
 def freeze(model: eomt.OpenVocabEoMT, cfg: Config, state: dict):
     """Leaves trainable what the stage trains, and grows adapters on those of the stage before."""
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    for name, p in model.named_parameters():
-        ours = not name.startswith("encoder.")
-        p.requires_grad_((cfg.train_heads if ours else not cfg.freeze_backbone and not cfg.lora)
-                         and name not in frozen or name == "fuse")
+    tower = not cfg.freeze_backbone and not cfg.lora
+    for name, p in model.named_parameters():  # the queries of `--query-init text` are frozen already
+        trains = tower if name.startswith("encoder.") else cfg.train_heads
+        p.requires_grad_(p.requires_grad and trains or name == "fuse")
     model.encoder.head.requires_grad_(False)  # pools regions in evaluation, takes no part in the losses
+    model.distil = bool(cfg.distill_feat or cfg.distill_itc)
+    adapters = {key: value for key, value in state.items() if key.endswith((".A", ".B"))}
     if cfg.lora:
         depth = len(model.encoder.blocks)
         if cfg.lora_last_n > depth:
             print(f"notice: --lora-last-n {cfg.lora_last_n}: the tower has {depth} blocks; all get adapters")
         model.adapt(min(cfg.lora_last_n, depth), cfg.lora_rank_attn, cfg.lora_rank_ffn)
-        lora.grow(model, {key: value for key, value in state.items() if key.endswith((".A", ".B"))})
-    elif any(key.endswith(".A") for key in state):
+        lora.grow(model, adapters)
+    elif adapters:
         raise ValueError(f"{cfg.init or cfg.out}: its adapters would be lost without --lora; use --lora")
-    if (cfg.distill_feat or cfg.distill_itc) and not cfg.lora:
+    elif model.distil:
         raise ValueError("--distill-feat, --distill-itc: the teacher is the tower less adapters; use --lora")
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("nothing is left to train; use --lora, --train-heads or --no-freeze-backbone")
-    model.distil = bool(cfg.distill_feat or cfg.distill_itc)
 
 
 def load_start(model: eomt.EoMT, cfg: Config, say):
@@ -469,7 +460,6 @@ def load_start(model: eomt.EoMT, cfg: Config, say):
             say(f"encoder from {cfg.encoder_weights}")
         return
     config, state, meta = eomt.read(cfg.init, cfg.base or None)
-    origin, skip = meta.get("origin", {}), ()
     if "num_classes" not in config:
         raise ValueError(f"{cfg.init}: an encoder without heads; give it to --encoder-weights")
     made = [name for name, row in eomt.ENCODERS.items()
@@ -479,7 +469,7 @@ def load_start(model: eomt.EoMT, cfg: Config, say):
     if made and cfg.encoder not in made:
         raise ValueError(f"{cfg.init}: made with --encoder {made[0]}, this run has --encoder {cfg.encoder}; "
                          f"give --encoder {made[0]}, or another --init")
-    there, here = config["num_classes"], model.config["num_classes"]
+    skip, there, here = (), config["num_classes"], model.config["num_classes"]
     other = meta.get("names", model.meta.get("names")) != model.meta.get("names")
     if there != here or other or not cfg.load_class_head:
         skip += ("class_head.",)
@@ -491,7 +481,7 @@ def load_start(model: eomt.EoMT, cfg: Config, say):
         grid = tuple(config["encoder"]["grid"])
         table = eomt.resample_positions(state["encoder.pos_embed"], grid, model.encoder.grid)
         state["encoder.pos_embed"] = table  # (1, h*w, C)
-    eomt.fill(model, state, cfg.init, origin, skip)
+    eomt.fill(model, state, cfg.init, meta.get("origin"), skip)
     say(f"weights from {cfg.init}")
 
 
@@ -515,11 +505,9 @@ def lr_at(step: int, total: int, part: str, warmup: tuple[float, ...]) -> float:
     """Learning-rate multiplier: heads warm up while the encoder waits, then the encoder; each then decays to
     0 at `total` with power 0.9 (upstream's two-stage schedule)."""
     start, length = (0, warmup[0]) if part == "head" else warmup
-    if step < start:
-        return 0.0
-    if step < start + length:
-        return (step - start) / length
     end = start + length
+    if step < end:
+        return max(0, step - start) / max(1, length)
     return (1 - min(1.0, (step - end) / max(1, total - end))) ** 0.9
 
 
@@ -845,30 +833,29 @@ class Trainer:
         seeds = [slot_seed(cfg.seed, step, first + i) for i in range(len(part.names))]
         prob = eomt.anneal(step, self.windows) if cfg.masked_attn else []
         mask_prob = torch.tensor(prob).to(self.device, non_blocking=True) if any(prob) else None
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        noise = [torch.rand(self.raw.num_blocks, cfg.num_queries, generator=one) for one in generators]
+        shape = self.raw.num_blocks, cfg.num_queries
+        noise = [torch.rand(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         noise = torch.stack(noise).to(self.device, non_blocking=True)  # (B, num_blocks, Q)
         targets = part.targets
         if cfg.stage:  # unseen classes have no column: they are in no target and no negative
             column = self.raw.class_head.column
             targets = [dataclasses.replace(target, labels=column[target.labels]) for target in targets]
-        last = index == self.accumulate - 1
-        with contextlib.nullcontext() if last or self.world == 1 else self.model.no_sync():
-            with self.cast:
-                predictions = self.model(part.images, mask_prob, noise)
-            self.lap("forward")
-            try:
-                losses = self.criterion(predictions, targets, norm, seeds, part.names)
-            except NotFinite as error:  # NaN: this rank takes part in the exchange, all ranks see the same
-                self.fault = str(error).split(";")[0]
-                loss = sum(p.masks.sum() + p.classes.sum() for p in predictions) * torch.nan
-                losses = dict.fromkeys(("loss", "mask", "dice", "class"), loss)
-            self.settle()  # its copy has waited for the step before
-            if self.cfg.stage and self.raw.distil:
-                losses = self.distill(losses, predictions[-1], targets, norm)
-            self.lap("loss")
-            self.scaler.scale(losses["loss"] * self.world).backward()  # DDP averages shares of a sum
-            self.lap("backward")
+        self.model.require_backward_grad_sync = index == self.accumulate - 1  # what DDP's no_sync() sets
+        with self.cast:
+            predictions = self.model(part.images, mask_prob, noise)
+        self.lap("forward")
+        try:
+            losses = self.criterion(predictions, targets, norm, seeds, part.names)
+        except NotFinite as error:  # NaN: this rank takes part in the exchange, all ranks see the same
+            self.fault = str(error).split(";")[0]
+            loss = sum(p.masks.sum() + p.classes.sum() for p in predictions) * torch.nan
+            losses = dict.fromkeys(("loss", "mask", "dice", "class"), loss)
+        self.settle()  # its copy has waited for the step before
+        if self.cfg.stage and self.raw.distil:
+            losses = self.distill(losses, predictions[-1], targets, norm)
+        self.lap("loss")
+        self.scaler.scale(losses["loss"] * self.world).backward()  # DDP averages shares of a sum
+        self.lap("backward")
         return {key: value.detach() for key, value in losses.items()}
 
     def distill(self, losses, last, targets, norm) -> dict[str, torch.Tensor]:
@@ -888,8 +875,8 @@ class Trainer:
         itc = itc_distill(student, teacher, head.rows[head.seen_rows], labels, owner, head.logit_scale.exp(),
                           head.logit_bias)
         terms["itc"] = cfg.distill_itc * itc * len(labels) / norm[0].clamp(min=1).to(itc, non_blocking=True)
-        losses = losses | {name: term.detach() for name, term in terms.items()}
-        return losses | {"loss": losses["loss"] + sum(terms.values())}
+        return losses | {name: term.detach() for name, term in terms.items()} | {
+            "loss": losses["loss"] + sum(terms.values())}
 
     def step(self, step, parts, norm) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """One optimiser step: this rank's losses and the gradient norm before clipping."""
@@ -916,20 +903,17 @@ class Trainer:
         return losses, gradient
 
     def settle(self):
-        """Looks at the verdict on the last step, when it costs no wait: the update has not happened if it was
-        not finite. The same on all ranks, since DDP has summed the gradients; under fp16, where the scaler
-        skips gradients that overflow, the losses of all ranks decide."""
+        """Looks at the verdict on the last step, when it costs no wait. One with NaN or Inf left the weights
+        alone; more than allowed end the run. The same on all ranks, since DDP has summed the gradients; under
+        fp16, where the scaler skips gradients that overflow, the losses of all ranks decide."""
         if not self.pending:
             return
-        (copied, finite, *step), self.pending = self.pending, None
+        (copied, finite, step, losses, gradient, names, fault), self.pending = self.pending, None
         if copied:  # no copy of the matcher's has waited where a step logs, or has no segment at all
             copied.synchronize()
         bad = 1 - finite.float()
-        if total(bad, self.world) if self.scaler.is_enabled() else bad:
-            self.not_finite(*step)
-
-    def not_finite(self, step, losses, gradient, names, fault):
-        """A step with NaN or Inf left the weights alone; more of them than allowed end the run."""
+        if not (total(bad, self.world) if self.scaler.is_enabled() else bad):
+            return
         self.skipped += 1
         text = fault or ", ".join(f"{key} {value:.4g}" for key, value in losses.items())
         mine = (bool(losses["loss"].isfinite()), f"rank {self.rank}: {text}, images {', '.join(names)}")
@@ -965,9 +949,9 @@ class Trainer:
             save_checkpoint(folder, self.raw, self.kept, self.cfg, step, self.raw.meta)
             prune(self.log.out, step)
 
-    def due(self, done: int) -> bool:
-        """Whether an evaluation follows step `done`."""
-        return done == self.cfg.steps or bool(self.cfg.eval_every) and done % self.cfg.eval_every == 0
+    def due(self, done: int, every: int) -> bool:
+        """Whether what comes every so many steps, 0 = at the end only, follows step `done`."""
+        return done == self.cfg.steps or bool(every) and done % every == 0
 
     def evaluate(self, step):
         """Validation on all ranks; rank 0 writes its line and pictures, and best/ when it is."""
@@ -991,16 +975,6 @@ class Trainer:
             replace(out / "summary.json", json.dumps(summary, indent=1))
         model.train()
 
-    def watched(self, first: int, stop: Stop) -> int:
-        """`fit`; where another rank has died or hangs, the error says how far this one came."""
-        try:
-            return self.fit(first, stop)
-        except RuntimeError as error:
-            if self.world == 1:
-                raise
-            raise RuntimeError(f"rank {self.rank} after step {self.done}: {data.one_line(error)}; see the "
-                               "other lines, then --resume") from error
-
     def fit(self, first: int, stop: Stop) -> int:
         """Steps first..cfg.steps; the exit code."""
         cfg, self.done = self.cfg, first
@@ -1023,16 +997,16 @@ class Trainer:
                 return stop.code()
             losses, gradient = self.step(step, parts, norm)
             self.done = done = step + 1
-            last = done == cfg.steps
-            reports, saves = last or done % cfg.log_every == 0, last or done % cfg.save_every == 0
-            if reports or saves or self.due(done):
+            reports, saves, judges = (
+                self.due(done, every) for every in (cfg.log_every, cfg.save_every, cfg.eval_every))
+            if reports or saves or judges:
                 self.settle()
             if reports:
                 self.report(done, losses, gradient, time.time() - began, done - since)
                 began, since = time.time(), done
             if saves:
                 self.save(done)
-            if self.due(done):
+            if judges:
                 self.evaluate(done)
                 self.lap("rest", 1)  # in no line, as the steps between the last one and here
                 began, since = time.time(), done
@@ -1154,17 +1128,14 @@ def open_model(cfg: Config, task, rank: int, sets, begin) -> eomt.OpenVocabEoMT:
         heads = "which train too" if cfg.train_heads else "which stay so without --train-heads"
         print(f"stage {cfg.stage} without --init: starts from {cfg.encoder_weights} and random heads, "
               f"{heads}; give a run of the stage before as --init")
-    elif rank == 0 and begin:
-        print(f"stage {cfg.stage} starts from {cfg.init or cfg.out}")
     seen = seen_classes(task.vocabulary, cfg.split)
-    kept = begin[2] if begin else dict(
-        text=cfg.text_weights or cfg.encoder_weights, tokenizer=cfg.tokenizer, languages=cfg.languages,
-        template=cfg.templates, templates=list(vocab.TEMPLATES[cfg.templates]))
-    model.meta = {key: kept[key] for key in ("text", "tokenizer", "template", "templates", "languages")}
+    texts = dict(text=cfg.text_weights or cfg.encoder_weights, tokenizer=cfg.tokenizer,
+                 templates=list(vocab.TEMPLATES[cfg.templates]))
+    model.meta = {key: begin[2][key] for key in texts} if begin else texts
     model.meta |= dict(stage=cfg.stage, encoder=cfg.encoder, split=cfg.split, split_policy=cfg.split_policy,
+                       languages=cfg.languages, template=cfg.templates, thresholds=evaluation.THRESHOLDS,
                        trained=[dataclasses.asdict(task.vocabulary), list(seen)], seen=list(seen),
-                       thresholds=evaluation.THRESHOLDS,
-                       ov={key: value for key, value in vars(cfg).items() if key.startswith("ov_")},
+                       ov={key: getattr(cfg, key) for key in evaluation.OV_KEYS},
                        counts=sets["train"].class_counts().tolist() if sets else [])
     if sets:  # what calibration would refuse after the training is refused now
         plain = {key: "1" for key in ("ov_temp", "ov_reject") if vars(cfg)[key] == "auto"}
@@ -1175,13 +1146,18 @@ def open_model(cfg: Config, task, rank: int, sets, begin) -> eomt.OpenVocabEoMT:
 def start(trainer: Trainer) -> int:
     """Weights of the first step, and its number; a full or read-only disk is found now, not in an hour."""
     cfg, log, model = trainer.cfg, trainer.log, trainer.raw
+    if trainer.rank == 0:
+        claim(log.out, cfg)
+        tidy(log.out)
+    if trainer.world > 1:
+        dist.barrier()
     first = resume(log.out, model, trainer.kept, cfg, log.say) if cfg.resume else 0
     if not first and not cfg.stage:
         load_start(model, cfg, log.say)
     if cfg.resume:
         summary = log.summary()
         trainer.best = summary.get("best", -1.0)
-        trainer.missed = first > 0 and trainer.due(first) and summary.get("step") != first
+        trainer.missed = first > 0 and trainer.due(first, cfg.eval_every) and summary.get("step") != first
         log.rewind(first)
     if trainer.rank == 0:
         trial = log.out / ".tmp-trial"
@@ -1205,24 +1181,21 @@ def run(cfg: Config, origin: dict) -> int:
     split_batch(cfg, world)
     cfg.workers = min(cfg.workers, os.cpu_count() or 1)
     task = data.find_task(cfg.data, cfg.task)
-    begin = read_start(cfg) if cfg.stage else None
-    if begin:
-        inherit(cfg, origin, begin, task.vocabulary)
+    begin = read_start(cfg)
+    inherit(cfg, origin, begin, task.vocabulary)
     sets = None if cfg.dry_run else open_data(cfg, task, rank, begin)
     images = len(sets["train"]) if sets else IMAGES.get(cfg.task, cfg.batch_size)
     cfg.steps = cfg.steps or max(1, int(cfg.epochs * (images // cfg.batch_size)))
     shorten_warmup(cfg, origin)
     model = open_model(cfg, task, rank, sets, begin) if cfg.stage else make_model(cfg, task.vocabulary)
+    if cfg.size % (patch := model.encoder.patch):
+        raise ValueError(f"--size {cfg.size} is no multiple of the patch size {patch}; "
+                         f"take {max(1, cfg.size // patch) * patch}")
     if rank == 0:
         describe(cfg, origin, model, images, world)
     if cfg.dry_run:
         return 0
     out = Path(cfg.out)
-    if rank == 0:
-        claim(out, cfg)
-        tidy(out)
-    if world > 1:
-        dist.barrier()
     model.meta |= dict(task=cfg.task, kind=task.kind, size=cfg.size, data=cfg.data,
                        **{key: list(getattr(task.vocabulary, key)) for key in ("names", "ids", "thing")})
     trainer = Trainer(cfg, model.to(device), device, rank, world, Log(out, rank), sets)
@@ -1230,7 +1203,13 @@ def run(cfg: Config, origin: dict) -> int:
     trainer.wrap()
     trainer.log.start_wandb(cfg, model, dict(train_images=images, val_images=len(sets["val"]),
                                              parameters=sum(p.numel() for p in model.parameters())))
-    code = trainer.watched(first, Stop())
+    try:
+        code = trainer.fit(first, Stop())
+    except RuntimeError as error:  # where another rank has died or hangs: how far this one came
+        if world == 1:
+            raise
+        raise RuntimeError(f"rank {rank} after step {trainer.done}: {data.one_line(error)}; see the other "
+                           "lines, then --resume") from error
     if trainer.log.wandb:
         trainer.log.wandb.finish(code)
     if code == 0:
