@@ -157,7 +157,10 @@ class Config:
 
 
 WEIGHTS = {"dinov2": "facebook/dinov2-with-registers-{}",
-           "dinov3": "facebook/dinov3-vit{}16-pretrain-lvd1689m"}
+           "dinov3": "facebook/dinov3-vit{0[0]}16-pretrain-lvd1689m"}  # the size's first letter
+DINOV3 = dict(lr=2e-4, llrd_query_blocks=False, warmup=(2000, 3000), rope_rescale=2.0)  # as published
+DINOV3_TASKS = {"coco_panoptic": dict(first_window=(0, 3000)),
+                "ade20k_semantic": dict(first_window=(0, 3000), llrd=1.0, epochs=16)}
 QUICK = dict(task="shapes", encoder="tiny", data="runs/shapes", out="runs/quick", encoder_weights="random",
              lr=2e-3, steps=330, warmup=(20, 0), llrd=1.0, clip_norm=0.1, num_points=1024, workers=0,
              log_every=30, save_every=110, eval_every=110, eval_limit=64)
@@ -201,24 +204,17 @@ SEED_WORDS = {
     "LOGGING.WANDB.ENABLED": "--wandb", "LOGGING.WANDB.WATCH.ENABLED": "--wandb-watch"}
 SEED_WORDS |= {f"LOGGING.WANDB.{word.upper()}": f"--wandb-{word}"
                for word in ("project", "name", "group", "tags", "notes", "mode", "resume")}
-SEED_WORDS |= {word.removeprefix("MODEL."): flag for word, flag in SEED_WORDS.items()}
 
 
 def encoder_row(encoder: str, task: str) -> dict:
-    """What an encoder changes in a recipe; DINOv3 numbers from its published runs."""
+    """What an encoder changes in a recipe."""
     family, _, size = encoder.partition("_")
     if encoder in TOWERS:  # queries join the last 4 blocks of every size
         return dict(encoder_weights=TOWERS[encoder][3], num_blocks=4 if size != "toy" else 2, size=512)
     if family not in WEIGHTS:
         return dict(encoder_weights="random")  # nobody has published any
-    row = dict(encoder_weights=WEIGHTS[family].format(size if family == "dinov2" else size[0]))
-    if family == "dinov3":
-        row |= dict(lr=2e-4, llrd_query_blocks=False, warmup=(2000, 3000), rope_rescale=2.0)
-        if task in ("coco_panoptic", "ade20k_semantic"):
-            row |= dict(first_window=(0, 3000))
-        if task == "ade20k_semantic":
-            row |= dict(llrd=1.0, epochs=16)
-    return row
+    row = dict(encoder_weights=WEIGHTS[family].format(size))
+    return row | DINOV3 | DINOV3_TASKS.get(task, {}) if family == "dinov3" else row
 
 
 def numbers(text: str) -> tuple[float, ...]:
@@ -227,7 +223,7 @@ def numbers(text: str) -> tuple[float, ...]:
 
 def parser() -> argparse.ArgumentParser:
     """One flag per Config field: --some-name (or --some_name), --x / --no-x, lists with commas."""
-    rows = [f"  {word:<40}{flag}" for word, flag in SEED_WORDS.items() if f"MODEL.{word}" not in SEED_WORDS]
+    rows = [f"  {word:<40}{flag}" for word, flag in SEED_WORDS.items()]
     top = data.Arguments(usage="%(prog)s [options]; --help lists them", description=__doc__.split("\n")[0],
                          allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
                          argument_default=argparse.SUPPRESS,  # what was not given is not there
@@ -268,8 +264,8 @@ def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
     flags, unknown = top.parse_known_args(words)
     if unknown:
         name = unknown[0].split("=")[0]
-        if name in SEED_WORDS:
-            raise ValueError(f"{unknown[0]}: this is {SEED_WORDS[name]} here; see --help")
+        for word in {name, f"MODEL.{name}"} & SEED_WORDS.keys():
+            raise ValueError(f"{unknown[0]}: this is {SEED_WORDS[word]} here; see --help")
         near = difflib.get_close_matches(name, top._option_string_actions, 1)
         advice = f"did you mean {near[0]}?" if near else "see --help"
         raise ValueError(f"{unknown[0]}: unknown option; {advice}")
@@ -595,10 +591,10 @@ def resume(out: Path, model, kept, cfg, say) -> int:
             continue
         stored = json.loads((folder / "meta.json").read_text()).get("config", {})
         now = json.loads(json.dumps(dataclasses.asdict(cfg)))
-        differ = [k for k in now if k not in MACHINE and now[k] != stored.get(k)]
-        if differ:
-            changes = ", ".join(f"{k} {stored.get(k)} -> {now[k]}" for k in differ)
-            raise ValueError(f"{folder}: the run was started with other settings: {changes}; "
+        changes = [f"{k} {stored.get(k)} -> {now[k]}"
+                   for k in now if k not in MACHINE and now[k] != stored.get(k)]
+        if changes:
+            raise ValueError(f"{folder}: the run was started with other settings: {', '.join(changes)}; "
                              "use the same, or another --out")
         eomt.fill(model, eomt.read(folder)[1], folder)
         state = eomt.unpickle(folder / "resume.pt")
@@ -1220,14 +1216,11 @@ def run(cfg: Config, origin: dict) -> int:
 
 def main():
     try:
-        code = run(*parse(sys.argv[1:]))
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        if "--debug" in sys.argv:
-            raise
-        print(f"error: {data.one_line(error)}", file=sys.stderr, flush=True)
-        os._exit(1)  # not through the interpreter's end: other ranks may wait in a collective
-    except KeyboardInterrupt:
-        code = 130
+        code = data.command(lambda argv: run(*parse(argv)), sys.argv[1:])
+    except SystemExit as end:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code)  # not through the interpreter's end: other ranks may wait in a collective
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code)
