@@ -1124,6 +1124,8 @@ def open_model(cfg: Config, task, rank: int, sets, begin) -> eomt.OpenVocabEoMT:
         heads = "which train too" if cfg.train_heads else "which stay so without --train-heads"
         print(f"stage {cfg.stage} without --init: starts from {cfg.encoder_weights} and random heads, "
               f"{heads}; give a run of the stage before as --init")
+    elif rank == 0 and begin:
+        print(f"stage {cfg.stage} starts from {cfg.init or cfg.out}")
     seen = seen_classes(task.vocabulary, cfg.split)
     texts = dict(text=cfg.text_weights or cfg.encoder_weights, tokenizer=cfg.tokenizer,
                  templates=list(vocab.TEMPLATES[cfg.templates]))
