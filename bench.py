@@ -606,7 +606,7 @@ def measure(argv):
     if min(*run.size, *run.batch, run.threads) < 1:
         raise ValueError("--size, --batch, --threads: numbers from 1 on; see --help")
     if run.json:
-        Path(run.json).open("ab").close()  # what cannot be written is known now, not after the measuring
+        data.writable(run.json)  # what cannot be written is known now, not after the measuring
     torch.set_num_threads(run.threads)
     os.environ.setdefault("RAYON_NUM_THREADS", str(run.threads))  # hotcoco's
     versions = {package.name: package.version for package in importlib.metadata.distributions()}

@@ -87,6 +87,14 @@ def write_atomically(target: Path, write) -> None:
         Path(temporary).unlink(missing_ok=True)
 
 
+def writable(path: str | Path) -> None:
+    """Raises the OSError that opening this file to write would; changes no file and leaves no new one."""
+    new = not os.path.exists(path)
+    with open(path, "ab") as file:
+        if new and not file.tell():
+            Path(path).resolve().unlink(missing_ok=True)
+
+
 # ---- Readers -----------------------------------------------------------------------------------------------
 
 

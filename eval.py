@@ -371,7 +371,7 @@ class Export:
         folder = self.path.parent if task.kind == "instance" else self.path
         folder.mkdir(parents=True, exist_ok=True)
         if self.file:
-            self.file.open("ab").close()  # what cannot be written is known now, not after the evaluation
+            data.writable(self.file)  # what cannot be written is known now, not after the evaluation
 
     def __call__(self, result, sample):
         classes, name = self.task.vocabulary.ids, Path(sample.name).with_suffix(".png")
@@ -461,7 +461,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.out and args.sweep:
         raise ValueError(f"--out {args.out}: --sweep writes no file; leave it out and keep the lines")
     if args.out:
-        Path(args.out).open("ab").close()  # what cannot be written is known now, not after the evaluation
+        data.writable(args.out)  # what cannot be written is known now, not after the evaluation
     return args
 
 

@@ -345,7 +345,7 @@ def run(args):
         raise ValueError("no images; give files, folders or globs")
     check_names(paths, out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "predictions.json").open("ab").close()  # what cannot be written is known now
+    data.writable(out / "predictions.json")  # what cannot be written is known now
     rows, bad, free = [], [], "open" in model.config and model.meta["kind"] == "panoptic"
     for number, path in enumerate(tqdm(paths, unit="img", disable=not sys.stderr.isatty())):
         try:

@@ -165,14 +165,16 @@ def test_bench_unknown_subject(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("fault", [RuntimeError("no room\nat all"), MemoryError()])
-def test_bench_faults_of_the_machine_are_one_line(monkeypatch, capsys, fault):
+def test_bench_faults_of_the_machine_are_one_line(monkeypatch, capsys, tmp_path, fault):
     """Memory that is not there ended in a traceback; with --debug it still does."""
 
     def case(run):
         raise fault
 
     monkeypatch.setitem(bench.SUBJECTS, "metrics", ([], [case], *bench.SUBJECTS["metrics"][2:]))
-    assert fault_of(monkeypatch, capsys, "metrics", "--quick") in ("no room", "MemoryError")
+    words = ["metrics", "--quick", "--json", str(tmp_path / "rows.json")]
+    assert fault_of(monkeypatch, capsys, *words) in ("no room", "MemoryError")
+    assert not list(tmp_path.iterdir())  # no empty file either
     monkeypatch.setattr(sys, "argv", ["bench.py", "metrics", "--quick", "--debug"])
     with pytest.raises(type(fault)):
         bench.main()

@@ -210,6 +210,24 @@ def test_atomic_write_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_asking_whether_a_file_can_be_written_changes_nothing(tmp_path):
+    old, new, link = (tmp_path / name for name in ("old", "new", "link"))
+    old.write_bytes(b"kept")
+    os.utime(old, (5, 5))
+    link.symlink_to(new)  # nothing is there, but it could be
+    for path in (old, new, str(new), link):
+        data.writable(path)
+    assert old.read_bytes() == b"kept" and old.stat().st_mtime == 5
+    assert link.is_symlink() and sorted(tmp_path.iterdir()) == [link, old]
+    for place in (tmp_path, tmp_path / "no" / "x", old / "x", "/proc/x.json"):  # in the words of open()
+        with pytest.raises(OSError) as wanted:
+            open(place, "ab").close()
+        with pytest.raises(type(wanted.value)) as found:
+            data.writable(place)
+        assert str(found.value) == str(wanted.value)
+    assert sorted(tmp_path.iterdir()) == [link, old]
+
+
 # ----------------------------------------------------------------------------------------------------
 # Target
 

@@ -309,6 +309,17 @@ def test_places_that_cannot_be_written_are_found_first(said, tiny, place):
     assert line == "--limit -4, --workers 0: below 0; give 0 or more"
 
 
+@pytest.mark.parametrize("save", [[], ["--save-panoptic", "p"]])
+def test_no_file_stays_of_an_evaluation_that_failed(said, tiny, tmp_path, monkeypatch, save):
+    def fail(*args):
+        raise ValueError("no luck")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluation, "open_options", fail)
+    assert said(evaluation, "--ckpt", tiny[0], "--out", "x.json", *save) == "no luck"
+    assert not list(tmp_path.glob("*.json"))
+
+
 def test_files_beside_the_pictures_are_found_first(tmp_path):
     """FOLDER.json beside a FOLDER that is there; the results of instances, a folder for one."""
     (tmp_path / "x.json").mkdir()
@@ -358,6 +369,15 @@ def picture(tmp_path):
 @pytest.mark.parametrize("place", ["/proc/x", "/dev/null/x", "/proc"])
 def test_predict_out_that_cannot_be_written_is_found_first(said, tiny, picture, place):
     assert said(predict, "--ckpt", tiny[0], picture, "--out", place).startswith(place)
+
+
+def test_no_list_stays_of_a_prediction_that_failed(said, tiny, picture, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(predict, "open_image", fail)
+    assert said(predict, "--ckpt", tiny[0], picture, "--out", picture.parent / "out") == "no luck"
+    assert not list((picture.parent / "out").iterdir())
 
 
 def test_predict_never_writes_over_its_images(said, tiny, picture):
