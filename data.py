@@ -639,6 +639,12 @@ def id_map(data: bytes, where: str) -> np.ndarray:
     return np.frombuffer(picture.tobytes("raw", "RGBX"), "<u4").reshape(picture.size[::-1])  # (H, W)
 
 
+def write_ids(ids: np.ndarray, file) -> None:
+    """Integer ids (H,W) -> RGB PNG (a path or an open file) with id = R + 256 G + 65536 B, COCO's form."""
+    channels = np.stack([ids & 255, ids >> 8 & 255, ids >> 16 & 255], -1).astype(np.uint8)  # (H, W, 3)
+    Image.fromarray(channels).save(file, "PNG")
+
+
 # ----------------------------------------------------------------------------------------------------
 # Sources, one per layout: `images` (reader), `members` (n,) indices in it, `names`, `image_ids`, `problems`
 # (what is wrong, as far as it shows without decoding), `target(i, crowd)` with or without crowds, `labels()`
@@ -1395,7 +1401,7 @@ def draw_scene(rng: np.random.Generator, vocabulary: Vocabulary, allowed: Sequen
 
 
 def _annotate(index, segments, vocabulary, image_id, rng):
-    """Panoptic ids uint8 (H,W,3), their segments_info, and the instance annotations (RLE) of the things."""
+    """Panoptic ids (H,W), their segments_info, and the instance annotations (RLE) of the things."""
     ids = np.concatenate(([0], rng.choice(4096, len(segments), replace=False) << 12 | 1))  # uses all 3 bytes
     infos, instances = [], []
     for t, (k, crowd) in enumerate(segments, 1):
@@ -1411,14 +1417,7 @@ def _annotate(index, segments, vocabulary, image_id, rng):
             outline = {"size": list(mask.shape), "counts": np.diff(ends, prepend=0).tolist()}
             instances.append({**infos[-1], "id": image_id * 100 + t, "image_id": image_id,
                               "segmentation": outline})
-    rgb = np.stack([ids[index] >> shift & 255 for shift in (0, 8, 16)], -1).astype(np.uint8)  # (H, W, 3)
-    return rgb, infos, instances
-
-
-def _encode(image, kind, **options):
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, kind, **options)
-    return file.getvalue()
+    return ids[index], infos, instances
 
 
 def _write_split(root, split, count, vocabulary, allowed, rng, size):
@@ -1427,10 +1426,12 @@ def _write_split(root, split, count, vocabulary, allowed, rng, size):
     with zipfile.ZipFile(root / f"{split}2017.zip", "w") as photos, zipfile.ZipFile(nested, "w") as pngs:
         for n in range(1, count + 1):
             image, index, segments = draw_scene(rng, vocabulary, allowed, size)
-            rgb, infos, things = _annotate(index, segments, vocabulary, n, rng)
-            # full colour resolution: hue tells the classes apart
-            photos.writestr(f"{split}2017/{n:012}.jpg", _encode(image, "JPEG", quality=95, subsampling=0))
-            pngs.writestr(f"panoptic_{split}2017/{n:012}.png", _encode(rgb, "PNG", compress_level=1))
+            ids, infos, things = _annotate(index, segments, vocabulary, n, rng)
+            with photos.open(f"{split}2017/{n:012}.jpg", "w") as file:
+                # full colour resolution: hue tells the classes apart
+                Image.fromarray(image).save(file, "JPEG", quality=95, subsampling=0)
+            with pngs.open(f"panoptic_{split}2017/{n:012}.png", "w") as file:
+                write_ids(ids, file)
             images.append({"id": n, "file_name": f"{n:012}.jpg", "height": size, "width": size})
             panoptic.append({"image_id": n, "file_name": f"{n:012}.png", "segments_info": infos})
             instances += things
@@ -1478,12 +1479,6 @@ def check(root: str | Path, task: Task | str = "auto", split: str = "val", decod
         except (ValueError, OSError) as error:
             problems.append(one_line(error))
     return problems
-
-
-def write_ids(ids: np.ndarray, path: str | Path) -> None:
-    """Integer ids (H,W) -> RGB PNG with id = R + 256 G + 65536 B, COCO's panoptic form."""
-    channels = np.stack([ids & 255, ids >> 8 & 255, ids >> 16 & 255], -1).astype(np.uint8)  # (H, W, 3)
-    Image.fromarray(channels).save(path)
 
 
 def grid(dataset: SegmentDataset, count: int = 8, height: int = 200) -> Image.Image:
