@@ -16,6 +16,8 @@ metrics.py, imported only when an instance annotation is read.
 # SPDX-License-Identifier: MIT
 import argparse
 import atexit
+import collections
+import contextlib
 import hashlib
 import io
 import itertools
@@ -103,13 +105,13 @@ def _junk(name):
         "__MACOSX", "lost+found", "@eaDir", ".Trashes", ".snapshot"}.isdisjoint(name.split("/"))
 
 
-class _Names:
-    """The sorted member names of a reader (`names`, bytes array (n,)) and the look-ups on them."""
+class Reader:
+    """The sorted member names of an archive (`names`, bytes array (n,)) and the look-ups on them."""
 
     def find(self, names: Iterable[str]) -> np.ndarray:
         """Index of each name, int64 (n,), -1 where there is none."""
         wanted = np.array([os.fsencode(n) for n in names], dtype="S")
-        if not len(self.names) or not len(wanted):
+        if not len(self.names):
             return np.full(len(wanted), -1)
         at = np.minimum(np.searchsorted(self.names, wanted), len(self.names) - 1)
         return np.where(self.names[at] == wanted, at, -1)
@@ -134,15 +136,15 @@ class _Names:
             found = f"case differs, there is {os.fsdecode(other)}" if other else "missing"
             problems.append(f"{self.label}!{name}: {found}; get it, or fix the annotation file")
         twice = np.append(self.names[1:] == self.names[:-1], False)
-        for i in at[at >= 0][twice[at[at >= 0]]]:
+        for i in at[twice[at]]:  # -1 is the last, which never is one of two
             problems.append(f"{self.where(i)}: there more than once; pack this archive again")
         return at
 
-    def folder(self, wanted: str) -> str | None:
-        """Prefix of the folder `wanted` in here, such as "top/wanted/"; None if there is no such folder."""
+    def folder(self, wanted: str) -> str:
+        """Prefix of the folder `wanted` in here, such as "top/wanted/"; "" if there is no such folder."""
         inside = np.char.find(np.char.add(b"/", self.names), os.fsencode(f"/{wanted}/"))
         first = np.flatnonzero(inside >= 0)[:1]
-        return None if not len(first) else os.fsdecode(self.names[first[0]][:inside[first[0]]]) + wanted + "/"
+        return "".join(os.fsdecode(self.names[k][:inside[k]]) + wanted + "/" for k in first)
 
     def under(self, prefix: str, suffixes: tuple[str, ...]) -> list[str]:
         """Sorted names that start with `prefix` and end with one of `suffixes`, without the prefix."""
@@ -174,7 +176,7 @@ def _mode(path):
         _refuse(error)
 
 
-class ZipReader(_Names):
+class ZipReader(Reader):
     """Reads members of a .zip (or plain .tar) in place; nothing is ever unpacked under a member's name.
 
     `start` and `length` bound a zip stored inside another file; `label` names it in messages.
@@ -232,8 +234,7 @@ class ZipReader(_Names):
             except zlib.error as error:
                 raise ValueError(f"{self.where(i)}: damaged ({error}); download the archive again") from None
         if len(data) != self.size[i]:
-            found = f"{len(data)} of {self.size[i]} bytes"
-            raise ValueError(f"{self.where(i)}: cut, {found}; download the archive again")
+            raise ValueError(f"{self.where(i)}: cut, {len(data)} of {self.size[i]} bytes; download it again")
         if self.crc[i] not in (NO_CRC, zlib.crc32(data)):
             raise ValueError(f"{self.where(i)}: wrong CRC; download the archive again")
         return data
@@ -309,7 +310,7 @@ def _tar_rows(reader):
     return [(m.name.removeprefix("./"), m.offset_data, m.size, m.size, NO_CRC, 0) for m in files]
 
 
-class FolderReader(_Names):
+class FolderReader(Reader):
     """The interface of ZipReader over the files of a plain folder."""
 
     def __init__(self, path: str | Path):
@@ -320,7 +321,6 @@ class FolderReader(_Names):
         self.names = np.array(sorted(os.fsencode(n) for n in names if not _junk(n)), dtype="S")
 
     def read(self, member: str | int, limit: int = IMAGE_LIMIT) -> bytes:
-        """Contents of one file (name or index)."""
         i = self.index(member)
         with open(os.path.join(self.path, os.fsdecode(self.names[i])), "rb", opener=_open) as file:
             data = file.read(limit + 1)
@@ -329,11 +329,7 @@ class FolderReader(_Names):
         return data
 
     def nested(self, member: str) -> ZipReader:
-        """A zip in this folder."""
         return ZipReader(os.path.join(self.path, member))
-
-
-Reader = ZipReader | FolderReader
 
 
 def mount(root: str | Path, folders: Sequence[str], archives: Sequence[str] = ()) -> tuple[Reader, str]:
@@ -345,13 +341,12 @@ def mount(root: str | Path, folders: Sequence[str], archives: Sequence[str] = ()
     if not _mode(root):
         raise FileNotFoundError(f"{root}: not found; check the path")
     names = [*archives, *(f"{folder}.zip" for folder in folders)]
-    files = [root] if root.is_file() else [root / name for name in names]
-    for path in files:
+    for path in (root, *(root / name for name in names)):
         if stat.S_ISREG(_mode(path)):
             reader = ZipReader(path)
-            inside = [prefix for prefix in map(reader.folder, folders) if prefix is not None]
-            if inside or path != root:
-                return reader, inside[0] if inside else ""
+            prefix = next(filter(None, map(reader.folder, folders)), "")
+            if prefix or path != root:
+                return reader, prefix
     for folder in folders:
         if stat.S_ISDIR(_mode(root / folder)):
             return FolderReader(root / folder), ""
@@ -453,15 +448,16 @@ def load_table(reader: Reader, member: str, kind: str) -> Table:
     return Table(cached)
 
 
+def _twice(values):
+    """What is in `values` more than once."""
+    return [value for value, count in collections.Counter(values).items() if count > 1]
+
+
 def _image_arrays(data):
     """Arrays of the "images" and "categories" lists, the annotations of each image, and what is wrong."""
     images, categories, problems = data["images"], data["categories"], []
     for what, entries in (("category", categories), ("image", images)):
-        row = {}
-        for entry in entries:
-            if entry["id"] in row:
-                problems.append(f"{what} id {entry['id']} twice; fix this file")
-            row[entry["id"]] = len(row)
+        problems += [f"{what} id {i} twice; fix this file" for i in _twice(entry["id"] for entry in entries)]
     arrays = {
         "image_id": np.array([i["id"] for i in images], np.int64),
         "hw": np.array([(i["height"], i["width"]) for i in images], np.int64).reshape(-1, 2),  # (n, 2)
@@ -470,13 +466,13 @@ def _image_arrays(data):
         "category_name": np.array([c["name"].encode() for c in categories], dtype="S"),
         "category_thing": np.array([c.get("isthing", 1) for c in categories], bool),
     }
-    lists = [[] for _ in images]
+    lists = {image["id"]: [] for image in images}
     for annotation in data["annotations"]:
-        if annotation["image_id"] in row:
-            lists[row[annotation["image_id"]]].append(annotation)
+        if annotation["image_id"] in lists:
+            lists[annotation["image_id"]].append(annotation)
         else:
             problems.append(f"image id {annotation['image_id']} is not in images; fix this file")
-    return arrays, lists, problems
+    return arrays, [lists[image["id"]] for image in images], problems
 
 
 def _segments(lists, arrays):
@@ -503,10 +499,8 @@ def parse_panoptic(data: dict) -> tuple[dict, list[str]]:
     owner = np.repeat([annotation["image_id"] for annotation in found], np.diff(arrays["start"]))
     for s in np.flatnonzero((ids < 1) | (ids >= 1 << 24)):
         problems.append(f"segment id {ids[s]} in image id {owner[s]}; ids are 1 to 16777215, fix this file")
-    order = np.lexsort((ids, owner))
-    same = (np.diff(ids[order]) == 0) & (np.diff(owner[order]) == 0)
-    for s in order[1:][same]:
-        problems.append(f"segment id {ids[s]} twice in image id {owner[s]}; fix this file")
+    for s, image_id in _twice(zip(ids.tolist(), owner.tolist(), strict=True)):
+        problems.append(f"segment id {s} twice in image id {image_id}; fix this file")
     return arrays, problems
 
 
@@ -616,17 +610,15 @@ def open_picture(data: bytes, where: str, shrink: int = 1) -> Image.Image:
     try:
         picture = Image.open(io.BytesIO(data))
         picture.info["size"] = picture.size
-        # Pillow would clip 16 bits without a word
-        deep = picture.mode[0] in "IF" or (picture.format == "PNG" and data[24] == 16)
-        if not deep:
-            if shrink > 1 and picture.getexif().get(0x0112, 1) < 5:  # turned, its partial pixels would lead
-                picture.draft(None, [max(1, side // shrink) for side in picture.size])
-            picture.load()
+        if shrink > 1 and picture.getexif().get(0x0112, 1) < 5:  # turned, its partial pixels would lead
+            picture.draft(None, [max(1, side // shrink) for side in picture.size])
+        picture.load()
     except UnidentifiedImageError:  # its own text holds an address, so it is another one each time
         raise ValueError(f"{where}: {len(data)} bytes, not a picture; download it again") from None
     except UNDECODABLE as error:
         raise ValueError(f"{where}: cannot be decoded ({error}); download it again") from None
-    if deep:
+    # Pillow would clip 16 bits without a word
+    if picture.mode[0] in "IF" or picture.format == "PNG" and data[24] == 16:
         raise ValueError(f"{where}: more than 8 bits a channel (mode {picture.mode}); convert it to 8 bits")
     return picture
 
@@ -667,7 +659,8 @@ def coco_table(root: str | Path, kind: str, split: str) -> tuple[Table, Reader, 
 
 class _Coco:
     def __init__(self, root, task, split):
-        self.table, self.reader, self.stem = coco_table(root, self.kind, split)
+        kind = "instances" if task.layout == "coco_instance" else "panoptic"
+        self.table, self.reader, self.stem = coco_table(root, kind, split)
         self.problems = [line.decode() for line in self.table["problems"]]
         self.image_ids, self.hw, self.names = (self.table[k] for k in ("image_id", "hw", "image_name"))
         self.images, prefix = mount(root, [f"{split}2017", f"images/{split}2017", f"images/{split}", split])
@@ -693,14 +686,12 @@ class _Coco:
 class CocoPanoptic(_Coco):
     """Panoptic JSON beside a (nested) zip or folder of id PNGs."""
 
-    kind = "panoptic"
-
     def __init__(self, root, task, split):
         super().__init__(root, task, split)
         self.pngs, prefix = self.reader, f"{self.stem}/"
         if self.reader.find([f"{self.stem}.zip"])[0] >= 0:
             self.pngs = self.reader.nested(f"{self.stem}.zip")
-            prefix = self.pngs.folder(self.stem.rsplit("/", 1)[-1]) or ""
+            prefix = self.pngs.folder(self.stem.rsplit("/", 1)[-1])
         names = [prefix + n.decode() for n in self.table["png_name"]]
         self.png_members = self.pngs.locate(names, self.problems)
 
@@ -732,8 +723,6 @@ class CocoPanoptic(_Coco):
 
 class CocoInstance(_Coco):
     """Instance JSON with polygons or RLE; instances may overlap."""
-
-    kind = "instances"
 
     def target(self, i: int, crowd: bool) -> Target:
         rows = np.arange(*self.table["start"][i:i + 2])
@@ -788,8 +777,7 @@ class LabelPairs:
         where = self.masks.where(self.mask_members[i])
         picture = open_picture(self.masks.read(self.mask_members[i]), where)
         if picture.mode not in ("L", "P"):
-            wanted = "wanted L or P (a class index a pixel)"
-            raise ValueError(f"{where}: mode {picture.mode}, {wanted}; convert it")
+            raise ValueError(f"{where}: mode {picture.mode}, wanted L or P (class index a pixel); convert it")
         values = np.asarray(picture)  # (H, W)
         present = np.flatnonzero(np.bincount(values.ravel(), minlength=256))
         for value in present[self.slot[present] < 0]:
@@ -855,35 +843,30 @@ def detect(root: str | Path) -> Task:
     """The task whose files lie in `root`; own data in COCO's layout, or images/ masks/ classes.txt, too."""
     if not _mode(Path(root)):
         raise FileNotFoundError(f"{root}: not found; check the path")
-    task = _coco_task(root, "panoptic", "coco_panoptic") or _coco_task(root, "instances", "coco_instance")
-    if task or (task := _labels_task(root)):
+    kinds, splits = (("panoptic", "coco_panoptic"), ("instances", "coco_instance")), ("val", "train")
+    for (kind, layout), split in itertools.product(kinds, splits):
+        with contextlib.suppress(FileNotFoundError):
+            return _coco_task(coco_table(root, kind, split)[0], layout)
+    if task := _labels_task(root):
         return task
     known = [TASKS[name] for name in ("ade20k_panoptic", "ade20k_semantic", "cityscapes_semantic")]
-    for task, split in itertools.product(known, ("val", "train")):
-        try:
+    for task, split in itertools.product(known, splits):
+        with contextlib.suppress(FileNotFoundError):
             SOURCES[task.layout](root, task, split)
-        except FileNotFoundError:
-            continue
-        return task
+            return task
     wanted = "archives of COCO, ADE20K or Cityscapes, or images/ masks/ classes.txt"
     raise FileNotFoundError(f"{root or '--data'}: no known layout; give a folder with {wanted}")
 
 
-def _coco_task(root, kind, layout):
+def _coco_task(table, layout):
     """The task of a COCO JSON: a known one if its categories are, else one with its own vocabulary."""
-    for split in ("val", "train"):
-        try:
-            table, _, _ = coco_table(root, kind, split)
-        except FileNotFoundError:
-            continue
-        ids, names = table["category_id"].tolist(), [n.decode() for n in table["category_name"]]
-        for task in TASKS.values():
-            known = zip(task.vocabulary.ids, task.vocabulary.names, strict=True)
-            if task.layout == layout and sorted(zip(ids, names, strict=True)) == sorted(known):
-                return task
-        own = Vocabulary("own", names, ids, table["category_thing"].tolist())
-        return replace(TASKS[layout], name=layout.replace("coco", "own"), vocabulary=own)
-    return None
+    ids, names = table["category_id"].tolist(), [n.decode() for n in table["category_name"]]
+    for task in TASKS.values():
+        known = zip(task.vocabulary.ids, task.vocabulary.names, strict=True)
+        if task.layout == layout and sorted(zip(ids, names, strict=True)) == sorted(known):
+            return task
+    own = Vocabulary("own", names, ids, table["category_thing"].tolist())
+    return replace(TASKS[layout], name=layout.replace("coco", "own"), vocabulary=own)
 
 
 def _labels_task(root):
@@ -1121,11 +1104,10 @@ class SegmentDataset(torch.utils.data.Dataset):
     def __getitem__(self, key) -> Sample:
         """By `index` or (epoch, index[, seed]); what is random depends on the key alone."""
         epoch, index, seed = (*key, 0)[:3] if isinstance(key, tuple) else (0, key, 0)
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
+        index = range(len(self))[index]
         if self.transform is None:
             return self._load(index)
-        rng, faults = np.random.default_rng((seed, epoch, index % len(self))), []
+        rng, faults = np.random.default_rng((seed, epoch, index)), []
         for step in range(min(len(self), 50)):
             try:
                 return self._load((index + step) % len(self), rng)._replace(faults=faults)
@@ -1270,9 +1252,21 @@ def command(work, argv: Sequence[str]):
         sys.exit(130)
 
 
-def _alive(batches):
-    """The batches of a DataLoader; what goes wrong in its workers ends in one line."""
-    if not batches.num_workers:
+def _deaf(worker: int):
+    """A data process outlives Ctrl-C and a signal to the whole group: its parent ends it, after saving.
+    SIGTERM is also how torch and Python end a process whose queue is gone, so it is only put off."""
+    signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))  # 0: else torch raises in the parent
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _packs(dataset, keys, workers, context=None, pin=False):
+    """The samples of each list of keys as `pack` makes them; a fault in a data process ends in one line."""
+    batches = torch.utils.data.DataLoader(
+        dataset, batch_sampler=keys, collate_fn=pack, num_workers=workers, pin_memory=pin,
+        worker_init_fn=_deaf, multiprocessing_context=context if workers else None)
+    if not workers:
         yield from batches
         return
     stream = iter(batches)
@@ -1289,15 +1283,6 @@ def _alive(batches):
         raise RuntimeError(f"DataLoader worker {reason}") from None
     finally:
         del stream
-
-
-def _deaf(worker: int):
-    """A data process outlives Ctrl-C and a signal to the whole group: its parent ends it, after saving.
-    SIGTERM is also how torch and Python end a process whose queue is gone, so it is only put off."""
-    signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))  # 0: else torch raises in the parent
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def loader(dataset: SegmentDataset, batch_size: int, steps: int, seed: int = 0, start_step: int = 0,
@@ -1319,19 +1304,15 @@ def loader(dataset: SegmentDataset, batch_size: int, steps: int, seed: int = 0, 
             for first in range(rank * device_batch, batch_size, world * device_batch):
                 yield every[first:first + device_batch]
 
-    batches = torch.utils.data.DataLoader(
-        dataset, batch_sampler=keys(), collate_fn=pack, num_workers=workers, pin_memory=pin,
-        worker_init_fn=_deaf, multiprocessing_context=context if workers else None)
-    return map(_batch, _alive(batches))
+    return map(_batch, _packs(dataset, keys(), workers, context, pin))
 
 
 def eval_loader(dataset: SegmentDataset, rank: int = 0, world: int = 1, workers: int = 0,
                 batch_size: int = 1, limit: int | None = None) -> Iterator[list[Sample]]:
     """Lists of up to `batch_size` samples, each of its own size: images rank, rank + world, and on."""
-    mine = torch.utils.data.Subset(dataset, range(len(dataset))[:limit][rank::world])
-    batches = torch.utils.data.DataLoader(mine, batch_size, collate_fn=pack, num_workers=workers,
-                                          worker_init_fn=_deaf)
-    return map(unpack, _alive(batches))
+    mine = range(len(dataset))[:limit][rank::world]
+    keys = [mine[first:first + batch_size] for first in range(0, len(mine), batch_size)]
+    return map(unpack, _packs(dataset, keys, workers))
 
 
 # ---- The procedural world: things (colour x shape) over stuff (ground x pattern), as official COCO zips ----
@@ -1468,9 +1449,7 @@ def check(root: str | Path, task: Task | str = "auto", split: str = "val", decod
     try:
         task = find_task(root, task)
         problems = SOURCES[task.layout](root, task, split).problems
-        if problems or not decode:
-            return problems
-        dataset = SegmentDataset(root, task, split)
+        dataset = SegmentDataset(root, task, split) if decode and not problems else []
     except (ValueError, OSError) as error:
         return [one_line(error)]
     for index in range(len(dataset)):
