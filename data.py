@@ -251,7 +251,9 @@ class ZipReader(Reader):
                 need = f"no room for {self.size[i]} bytes of {self.where(i)}"
                 raise ValueError(f"{target.parent}: {need}; set XDG_CACHE_HOME to a larger disk")
             try:  # a MB at a time; zipfile checks its length and CRC
-                with zipfile.ZipFile(_File(self)) as archive, archive.open(member) as packed:
+                with zipfile.ZipFile(_File(self)) as archive:  # which may know it by another name
+                    info = next(one for one in archive.infolist() if one.header_offset == self.offset[i])
+                    packed = archive.open(info)
                     write_atomically(target, lambda file: shutil.copyfileobj(packed, file, 1 << 20))
             except (zipfile.BadZipFile, zlib.error, EOFError) as error:
                 raise ValueError(f"{self.where(i)}: damaged ({error}); download the archive again") from None

@@ -117,14 +117,27 @@ def test_zip_reader_hides_junk_and_never_extracts(tmp_path):
     assert reader.names.nbytes < 100
 
 
-def test_zip_reader_decodes_utf8_names_without_their_flag(tmp_path):
-    path = write_zip(tmp_path / "x.zip", {"\u732b.txt": b"1"})
-    raw = path.read_bytes()
+def without_utf8_flag(raw):
+    """The bytes of a zip, its first member without flags."""
     for signature, at in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
         place = raw.index(signature) + at
         raw = raw[:place] + b"\0\0" + raw[place + 2 :]
-    path.write_bytes(raw)
+    return raw
+
+
+def test_zip_reader_decodes_utf8_names_without_their_flag(tmp_path):
+    path = write_zip(tmp_path / "x.zip", {"\u732b.txt": b"1"})
+    path.write_bytes(without_utf8_flag(path.read_bytes()))
     assert ZipReader(path).read("\u732b.txt") == b"1"
+
+
+def test_nested_zip_whose_name_lacks_its_utf8_flag(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    inner = io.BytesIO()
+    write_zip(inner, MEMBERS)
+    path = write_zip(tmp_path / "o.zip", {"\u732b.zip": inner.getvalue()})
+    path.write_bytes(without_utf8_flag(path.read_bytes()))
+    assert ZipReader(path).nested("\u732b.zip").read("z") == MEMBERS["z"]
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
