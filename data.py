@@ -576,20 +576,17 @@ class Target:
     def from_masks(masks, labels, crowd=None, area=None) -> "Target":
         """From bool masks (T,H,W): each goes into the first layer where it overlaps nothing."""
         masks = np.asarray(masks).astype(bool, copy=False)  # (T, H, W)
-        layers, used, layer, value = [], [], [], []
+        layers, layer, value = [], [], []
         for mask in masks:
             rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
             box = np.s_[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1] if len(rows) else np.s_[:0, :0]
             part = mask[box]
-            free = (k for k, ids in enumerate(layers) if used[k] < 255 and not ids[box][part].any())
-            k = next(free, len(layers))
-            if k == len(layers):
+            free = (k for k, ids in enumerate(layers) if layer.count(k) < 255 and not ids[box][part].any())
+            layer.append(next(free, len(layers)))
+            if layer[-1] == len(layers):
                 layers.append(np.zeros(mask.shape, np.uint8))  # (H, W)
-                used.append(0)
-            used[k] += 1
-            layers[k][box][part] = used[k]
-            layer.append(k)
-            value.append(used[k])
+            value.append(layer.count(layer[-1]))
+            layers[layer[-1]][box][part] = value[-1]
         ids = np.stack(layers or [np.zeros(masks.shape[1:], np.uint8)])  # (L, H, W)
         area = masks.sum((1, 2)) if area is None else area
         return _target(ids, layer, value, labels, np.zeros(len(masks)) if crowd is None else crowd, area)
@@ -897,8 +894,8 @@ def oriented(picture: Image.Image, hw: tuple[int, int], where: str) -> Image.Ima
     if size != (width, height):
         turn = {5: 5, 6: 4, 7: 6, 8: 2}.get(picture.getexif().get(0x0112))  # EXIF orientation -> Transpose
         if turn is None or size != (height, width):
-            sizes = f"picture {size[0]}x{size[1]}, annotation {width}x{height}"
-            raise ValueError(f"{where}: {sizes}; get the matching pair")
+            found = f"picture {size[0]}x{size[1]}, annotation {width}x{height}"
+            raise ValueError(f"{where}: {found}; get the matching pair")
         picture = picture.transpose(turn)
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
@@ -980,8 +977,7 @@ def _cut(first, count, side, scaled):
 class Augment:
     """Colour jitter, flip, scale, pad, crop to uint8 (3,size,size); drawn until a segment is left.
 
-    Scale and crop are drawn first, on the id map alone; then only the surviving window of the picture is
-    resampled, and only what comes out of that is recoloured.
+    Scale and crop are drawn on the id map alone; only that window of the picture is resampled and recoloured.
     """
 
     size: int
@@ -1333,8 +1329,8 @@ def _outline(shape, radius, angle):
         corners = np.array([(1, 1), (1, 3.5), (-1, 3.5), (-1, 1), (-3.5, 1), (-3.5, -1), (-1, -1), (-1, -3.5),
                             (1, -3.5), (1, -1), (3.5, -1), (3.5, 1)]) / 3  # (12, 2)
     else:
-        wide, tall = (1.3, 0.45) if shape == "bar" else (0.45, 1.3)
-        corners = np.array([(wide, tall), (-wide, tall), (-wide, -tall), (wide, -tall)])  # (4, 2)
+        sides = (1.3, 0.45) if shape == "bar" else (0.45, 1.3)
+        corners = np.array([(1, 1), (-1, 1), (-1, -1), (1, -1)]) * sides  # (4, 2)
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     return radius * corners @ turn  # (P, 2)
 
@@ -1420,8 +1416,8 @@ def _write_split(root, split, count, vocabulary, allowed, rng, size):
             instances += things
     rows = zip(vocabulary.ids, vocabulary.names, vocabulary.thing, strict=True)
     categories = [{"id": i, "name": name, "isthing": int(thing)} for i, name, thing in rows]
-    common = {"images": images, "categories": categories}
-    return nested.getvalue(), {**common, "annotations": panoptic}, {**common, "annotations": instances}
+    tables = [{"images": images, "categories": categories, "annotations": a} for a in (panoptic, instances)]
+    return nested.getvalue(), *tables
 
 
 def write_shapes(root: str | Path, vocabulary: Vocabulary, train: int = 2000, val: int = 200, seed: int = 0,
