@@ -8,6 +8,7 @@ In this order: the ViT encoder, EoMT, EoMT with open classes, post-processing an
     result = segment(model, [photo], "panoptic")[0]  # photo uint8 (3,H,W) -> Panoptic(ids, labels, scores)
 """
 # SPDX-License-Identifier: MIT
+import contextlib
 import copy
 import hashlib
 import json
@@ -551,21 +552,15 @@ def panoptic(masks: Tensor, classes: Tensor, window, content, size, thing, score
     owner, areas = panoptic_merge(masks[keep], scores, window, content, size, mask_threshold)
     own, assigned, final = areas  # 3 x (k,)
     good = (final > 0) & (assigned / own.clamp(min=1) >= overlap_threshold)  # (k,)
-    kept, number = _number(*torch.stack([good, labels]).tolist(), thing)  # the host waits, for the last time
+    kept, number, segments = [], [], {}  # first query of each segment; each query's segment, from 1, 0 = none
+    for k, (fine, label) in enumerate(torch.stack([good, labels], 1).tolist()):  # the host's last wait
+        segment = ("thing", k) if thing[label] else ("stuff", label)  # stuff of one class shares one
+        number.append(segments.setdefault(segment, len(segments) + 1) if fine else 0)
+        if number[-1] > len(kept):
+            kept.append(k)
     table = torch.tensor([*kept, *number, 0], device=masks.device)  # one upload: (S,), then (k+1,), 0 = void
     kept, number = table[:len(kept)], table[len(kept):].int()
     return Panoptic(number.index_select(0, owner.flatten()).view(size), labels[kept], scores[kept])
-
-
-def _number(good, labels, thing) -> tuple[list[int], list[int]]:
-    """First query of each segment, each query's segment (from 1; 0 = none); stuff of one class shares one."""
-    number, kept, segments = [], [], {}
-    for k, label in enumerate(labels):
-        segment = ("thing", k) if thing[label] else ("stuff", label)
-        number.append(segments.setdefault(segment, len(segments) + 1) if good[k] else 0)
-        if number[-1] > len(kept):
-            kept.append(k)
-    return kept, number
 
 
 def instance(masks: Tensor, classes: Tensor, window, content, size, top=100) -> Instances:
@@ -734,8 +729,8 @@ _HF = (
     ("upscale.", "upscale_block.block."),
     (".norm.", ".layernorm2d."),
 )
-# What others write (the published .bin files, timm, transformers' EomtDinov3, Dinov2*, DINOv3ViT), applied in
-# order before the table. "#q" marks the q part of a packed tensor.
+# What others write (the published .bin files, timm, transformers' EomtDinov3, Dinov2*, DINOv3ViT), then the
+# table, applied in order. "#q" marks the q part of a packed tensor.
 _ALIASES = [(re.compile(pattern), name) for pattern, name in (
     (r"^((module|_orig_mod|network)\.)+|(?<=\.)_orig_mod\.", ""),
     (r"^encoder\.backbone\.", "encoder."),
@@ -750,9 +745,24 @@ _ALIASES = [(re.compile(pattern), name) for pattern, name in (
     (r"\.mlp\.(gate|up)_proj\.(weight|bias)$", r".mlp.fc1.\2#\1"),
     (r"\.mlp\.weights_in\.", ".mlp.fc1."),
     (r"\.mlp\.(weights_out|down_proj)\.", ".mlp.fc2."),
+    *((re.escape(theirs), ours) for ours, theirs in _HF),
 )]
 # Keys that hold no weight of the model: annealing state, constants of the input, of RoPE and of the loss.
 _IGNORED = re.compile(r"(^|\.)(attn_mask_probs|pixel_mean|pixel_std|empty_weight|mask_token|rope_emb.*)$")
+
+
+# Whatever values that nobody has chosen may lead to.
+_FAULTS = (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError, ArithmeticError)
+
+
+@contextlib.contextmanager
+def _blame(path, what, *more):
+    """Inside, _FAULTS and `more` become one line that names the file."""
+    try:
+        yield
+    except (*_FAULTS, *more) as e:
+        fault = f"{what} ({type(e).__name__}: {str(e)[:80]!r}); copy or download it again"
+        raise ValueError(f"{path}: {fault}") from None
 
 
 def sha256(path: Path) -> str:
@@ -776,13 +786,11 @@ def damaged(folder: Path) -> str | None:
     return None
 
 
-def _json(path):
+def _json(path) -> dict:
     if path.stat().st_size > 1 << 26:
         raise ValueError(f"{path}: {path.stat().st_size} bytes, too long for a configuration; get it again")
-    try:
-        return json.loads(path.read_text())
-    except (ValueError, RecursionError):
-        raise ValueError(f"{path}: damaged JSON; copy or download it again") from None
+    with _blame(path, "damaged JSON"):
+        return {**json.loads(path.read_text())}
 
 
 def find(path: str | Path) -> Path:
@@ -797,19 +805,18 @@ def find(path: str | Path) -> Path:
     if not path.is_dir():
         return path
     steps = sorted((p for p in path.glob("step-*") if p.name[5:].isdigit()), key=lambda p: -int(p.name[5:]))
-    faults, best = [], path / "best"
+    first, best = None, path / "best"
     # While training replaces best/, the old one is there under its other name; it may be back a moment later.
-    for folder in (path, best, path / ".old-best", best, *steps):
-        weights = next((folder / name for name in _FILES if (folder / name).exists()), None)
-        if weights is None:
-            continue
-        faults.append(damaged(folder))
-        if faults[-1] is None:
-            if faults[0]:
-                print(f"warning: {faults[0]}; taking {folder}", file=sys.stderr)
+    folders = (path, best, path / ".old-best", best, *steps)
+    for weights in (folder / name for folder in folders for name in _FILES if (folder / name).exists()):
+        fault = damaged(weights.parent)
+        if fault is None:
+            if first:
+                print(f"warning: {first}; taking {weights.parent}", file=sys.stderr)
             return weights
-    if faults:
-        raise ValueError(faults[0])
+        first = first or fault
+    if first:
+        raise ValueError(first)
     raise FileNotFoundError(f"{path}: no checkpoint in this folder; give a run, a step-* folder or a file")
 
 
@@ -840,14 +847,11 @@ def _raw(path: Path) -> tuple[dict[str, Tensor], dict]:
             raise ValueError(f"{path}: the file is {what}, not weights; download it again")
     if not path.name.endswith(".index.json"):
         return _tensors(path)
-    try:
-        shards = set(_json(path)["weight_map"].values())
-    except (TypeError, LookupError, AttributeError):
-        shards = {None}
-    for shard in shards:  # plain names beside it, nothing else
-        if not re.fullmatch(r"[\w-][\w.-]*\.(safetensors|bin)", str(shard)):
-            raise ValueError(f"{path}: {shard!r} is no weight file beside it; download it again")
-    return {k: v for shard in sorted(shards) for k, v in _raw(path.parent / shard)[0].items()}, {}
+    with _blame(path, "no list of weight files beside it"):
+        shards = sorted(set(_json(path)["weight_map"].values()))
+        if not all(re.fullmatch(r"[\w-][\w.-]*\.(safetensors|bin)", shard) for shard in shards):
+            raise ValueError(shards)
+    return {k: v for shard in shards for k, v in _raw(path.parent / shard)[0].items()}, {}
 
 
 def unpickle(path: Path):
@@ -856,8 +860,7 @@ def unpickle(path: Path):
         raise ValueError(f"{path}: a pickle, which torch {torch.__version__} may not read safely; take 2.10")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, LookupError, RuntimeError, EOFError, OSError, ValueError, TypeError,
-            AttributeError, AssertionError) as e:  # all that its reader of hostile bytes may run into
+    except (*_FAULTS, pickle.UnpicklingError, EOFError, OSError) as e:
         if re.search(r"unsupported (global|class)|instantiate|not allowed", str(e).lower()):
             raise ValueError(f"{path}: refused: holds code; ask its author for safetensors") from None
         raise ValueError(f"{path}: cut or damaged file ({type(e).__name__}); download it again") from None
@@ -867,13 +870,9 @@ def _tensors(path):
     from safetensors import SafetensorError, safe_open
 
     if path.suffix == ".safetensors":
-        try:
-            with safe_open(str(path), "pt") as file:
-                header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
-                return {key: file.get_tensor(key) for key in file.keys()}, header
-        except (SafetensorError, RuntimeError, ValueError, KeyError) as e:
-            fault = f"cut or damaged file ({type(e).__name__}); copy or download it again"
-            raise ValueError(f"{path}: {fault}") from None
+        with _blame(path, "cut or damaged file", SafetensorError), safe_open(str(path), "pt") as file:
+            header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+            return {key: file.get_tensor(key) for key in file.keys()}, header
     state = unpickle(path)
     if isinstance(state, dict):
         state = state.get("state_dict", state)  # Lightning keeps it one level down
@@ -884,20 +883,19 @@ def _tensors(path):
 
 
 def _rename(raw, path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Foreign tensors under our names, and the key that each of ours came from (for error messages)."""
+    """Foreign tensors, fp32, under our names, and the key that each of ours came from (for messages)."""
     parts, origin = {}, {}
     for key, value in raw.items():
         name = key
         for pattern, ours in _ALIASES:
             name = pattern.sub(ours, name)
-        for ours, theirs in _HF:
-            name = name.replace(theirs, ours)
         name, _, part = name.partition("#")
         if _IGNORED.search(name):
             continue
         if part in parts.setdefault(name, {}):
             raise ValueError(f"{path}!{key}: the same tensor as {origin[name]}; remove one of them")
-        parts[name][part], origin[name] = value, key
+        parts[name][part] = value.float() if value.is_floating_point() else value
+        origin[name] = key
     rope = "encoder.pos_embed" not in parts
     return {name: _join(name, found, rope, f"{path}!{origin[name]}") for name, found in parts.items()}, origin
 
@@ -916,37 +914,42 @@ def _join(name, parts, rope, where):
 
 
 def _tidy(state):
-    """fp32; where the position table counts the cls token (HF DINOv2), that row moves into cls_token."""
-    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    """In place: registers are there, may be none; a position table is (1,h*w,C): where it counts the cls
+    token (HF DINOv2), that row moves into cls_token."""
+    state.setdefault("encoder.reg_token", state["encoder.cls_token"][:, :0])
     if "encoder.pos_embed" in state:
-        table = state["encoder.pos_embed"]
-        table = table.reshape(1, -1, table.shape[-1])  # (1, h*w, C) or (1, 1+h*w, C)
+        table = state["encoder.pos_embed"].flatten(0, -2)[None]  # (1, h*w, C) or (1, 1+h*w, C)
         if math.isqrt(table.shape[1]) ** 2 == table.shape[1] - 1:
             state["encoder.cls_token"] = state["encoder.cls_token"] + table[:, :1]
             table = table[:, 1:]
         state["encoder.pos_embed"] = table
-    return state
+
+
+def _hints(path) -> dict:
+    """What a Hugging Face config.json says that shapes do not."""
+    said = _json(path)
+    if isinstance(said.get("image_size"), list):
+        said["image_size"] = said["image_size"][0]  # some write [height, width]
+    return said
 
 
 def _infer(state, raw, hints) -> dict:
-    """Model configuration from tensor shapes; `hints` (HF's config.json) may say heads, eps, blocks, size."""
+    """Model configuration from tensor shapes and `_hints`."""
     width, patch = (state["encoder.patch_embed.weight"].shape[axis] for axis in (0, 3))
-    depth = 1 + max((int(k.split(".")[2]) for k in state if k.startswith("encoder.blocks.")), default=-1)
     hidden = state["encoder.blocks.0.mlp.fc2.weight"].shape[1]
-    swiglu = state["encoder.blocks.0.mlp.fc1.weight"].shape[0] == 2 * hidden
-    side = hints.get("image_size", 640)  # some write [height, width]
-    rope, eps, side = 100.0, 1e-5, (side[0] if isinstance(side, list) else side) // patch  # DINOv3
+    depth = 1 + max(int(key.split(".")[2]) for key in state if key.startswith("encoder.blocks."))
+    rope, eps, side = 100.0, 1e-5, (hints.get("image_size") or 640) // patch  # DINOv3
     if "encoder.pos_embed" in state:
         rope, eps, side = None, 1e-6, math.isqrt(state["encoder.pos_embed"].shape[1])
-    registers = state["encoder.reg_token"].shape[1] if "encoder.reg_token" in state else 0
-    encoder = dict(width=width, depth=depth, heads=hints.get("num_attention_heads", max(1, width // 64)),
-                   patch=patch, grid=[side, side], registers=registers, ffn=hidden, swiglu=swiglu, rope=rope,
-                   eps=hints.get("layer_norm_eps", eps))
+    encoder = dict(width=width, depth=depth, heads=hints.get("num_attention_heads") or max(1, width // 64),
+                   patch=patch, grid=[side, side], registers=state["encoder.reg_token"].shape[1], ffn=hidden,
+                   swiglu=len(state["encoder.blocks.0.mlp.fc1.weight"]) == 2 * hidden, rope=rope,
+                   eps=hints.get("layer_norm_eps") or eps)
     if "q.weight" not in state:
         return dict(encoder=encoder)
     probs = next((len(v) for k, v in raw.items() if k.endswith("attn_mask_probs") and v.ndim), 0)
     blocks = hints.get("num_blocks") or probs or default_num_blocks(depth)
-    return dict(encoder=encoder, num_classes=state["class_head.weight"].shape[0] - 1,
+    return dict(encoder=encoder, num_classes=len(state["class_head.weight"]) - 1,
                 num_queries=len(state["q.weight"]), num_blocks=blocks)
 
 
@@ -962,15 +965,14 @@ def _dialect(origin) -> str:
 
 def _note(raw, origin, path):
     """Says what reading a foreign file has changed."""
-    strips = [word for word in ("module.", "_orig_mod.", "network.") if any(word in key for key in raw)]
+    said = [f"{word} stripped from names" for word in ("module.", "_orig_mod.", "network.")
+            if any(word in key for key in raw)]
+    if _dialect(origin) == "Hugging Face's":
+        said.append("Hugging Face names made ours")
     dtypes = {str(value.dtype).removeprefix("torch.") for value in raw.values() if value.is_floating_point()}
-    others = sorted(dtypes - {"float32"})
-    notes = {f"{', '.join(strips)} stripped from names": strips,
-             "Hugging Face names made ours": _dialect(origin) == "Hugging Face's",
-             f"{', '.join(others)} made float32": others}
-    said = "; ".join(note for note, so in notes.items() if so)
+    said += [f"{dtype} made float32" for dtype in sorted(dtypes - {"float32"})]
     if said:
-        print(f"note: {path}: {said}", file=sys.stderr)
+        print(f"note: {path}: {'; '.join(said)}", file=sys.stderr)
 
 
 def read(path: str | Path, base: str | Path | None = None) -> tuple[dict, dict[str, Tensor], dict]:
@@ -988,7 +990,7 @@ def read(path: str | Path, base: str | Path | None = None) -> tuple[dict, dict[s
     if header:
         return _checked(header, raw, path)
     beside = path.parent / "config.json"
-    hints = _json(beside) if path.suffix != ".bin" and beside.exists() else {}
+    hints = _hints(beside) if path.suffix != ".bin" and beside.exists() else {}
     try:
         state, origin = _rename(raw, path)
         _note(raw, origin, path)
@@ -996,7 +998,7 @@ def read(path: str | Path, base: str | Path | None = None) -> tuple[dict, dict[s
             raise ValueError(f"{path}: no EoMT, DINOv2 or DINOv3 by the names of this program, upstream "
                              f"EoMT, timm or Hugging Face ({len(raw)} keys, e.g. {next(iter(raw), '-')}); "
                              "give one of these, or strip what stands before its names")
-        state = _tidy(state)
+        _tidy(state)
         config = _infer(state, raw, hints)
     except KeyError as e:
         raise ValueError(f"{path}: missing {e.args[0]}; read with {_dialect(origin)} names: give a whole "
@@ -1010,23 +1012,18 @@ def read(path: str | Path, base: str | Path | None = None) -> tuple[dict, dict[s
 
 def _checked(header, raw, path):
     """(config, state, meta) of a header of ours, whose model, built without memory, has the file's shapes."""
-    try:
+    with _blame(path, "its header describes no model"), torch.device("meta"):
         config, meta = dict(header["config"]), dict(header["meta"])
-        said = [config["encoder"]["width"], len(raw) >= max(config["encoder"]["depth"], config["num_blocks"])]
-        found = [len(raw["encoder.norm.weight"]), True]
-        if "open" in config:
-            said += [config["open"]["rows"], config["open"]["text_width"], config["num_classes"]]
-            found += [*raw["class_head.rows"].shape, len(raw["class_head.seen"])]
-            said.append(raw["class_head.owner"].unique().tolist())  # every class has a row, and none beyond
-            found.append(list(range(len(raw["class_head.seen"]))))
-        if said != found or config["encoder"]["width"] % config["encoder"]["heads"]:
+        encoder, options = config["encoder"], config.get("open")
+        fits = [encoder["width"] == len(raw["encoder.norm.weight"]), encoder["width"] % encoder["heads"] == 0,
+                len(raw) >= max(encoder["depth"], config["num_blocks"])]
+        if options is not None:
+            rows, owner = raw["class_head.rows"].shape, raw["class_head.owner"].unique().tolist()
+            fits += [[*rows, len(owner)] == [options["rows"], options["text_width"], config["num_classes"]],
+                     owner == list(range(len(owner)))]  # every class has a row, and none beyond
+        if not all(fits):
             raise ValueError("sizes that its tensors do not have")
-        with torch.device("meta"):
-            model = build(config)
-    except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError,
-            ArithmeticError) as e:  # whatever a constructor meets in values nobody has chosen
-        raise ValueError(f"{path}: its header describes no model ({type(e).__name__}: {str(e)[:80]!r}); "
-                         "copy or download it again") from None
+        model = build(config)
     _compare(model.state_dict(), raw, path, {})
     return config, raw, meta
 
@@ -1132,7 +1129,6 @@ def load_encoder(encoder: ViT, path: str | Path):
     state[kernel] = resample_patch(state[kernel], encoder.patch)
     if table in state and encoder.pos_embed is not None:
         state[table] = resample_positions(state[table], tuple(grid), encoder.grid)
-    state.setdefault("encoder.reg_token", encoder.reg_token.detach()[:, :0])
     fill(nn.ModuleDict({"encoder": encoder}), state, path, meta.get("origin"))
 
 
@@ -1196,20 +1192,20 @@ def _save_hf(folder, model):
 
 def _hf_state(model, rope, swiglu):
     """The model's tensors under transformers' names, packed ones in parts, and the constants kept there."""
-    rows = [(ours, [theirs]) for ours, theirs in _HF]
-    rows.append((".attn.qkv.", [f".attention.{letter}_proj." for letter in "qkv"]))
+    rows = [*_HF, (".attn.qkv.", ".attention.q_proj. .attention.k_proj. .attention.v_proj.")]
     if rope:
-        rows += [(".projection.", ["."]), (".out_proj.", [".o_proj."])]
+        rows += [(".projection.", "."), (".out_proj.", ".o_proj."), (".mlp.fc1.", ".mlp.up_proj.")]
+    if swiglu:
+        rows.append((".mlp.fc1.", ".mlp.gate_proj. .mlp.up_proj."))
     if rope or swiglu:
-        rows.append((".mlp.fc1.", [".mlp.gate_proj.", ".mlp.up_proj."] if swiglu else [".mlp.up_proj."]))
-        rows.append((".mlp.fc2.", [".mlp.down_proj."]))
+        rows.append((".mlp.fc2.", ".mlp.down_proj."))
     state = {"attn_mask_probs": torch.zeros(model.num_blocks),  # evaluation is unmasked
              "criterion.empty_weight": torch.tensor([1.0] * model.config["num_classes"] + [0.1])}
     for key, value in model.state_dict().items():
         names = [key]
         for ours, theirs in rows:
             if ours in names[0]:
-                names = [names[0].replace(ours, part) for part in theirs]
+                names = [names[0].replace(ours, part) for part in theirs.split()]
         value = value[0] if key == "encoder.pos_embed" else value
         state |= dict(zip(names, value.chunk(len(names)), strict=True))
     return {key: value for key, value in state.items() if not (rope and key.endswith(".k_proj.bias"))}
