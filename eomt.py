@@ -926,10 +926,15 @@ def _tidy(state):
 
 
 def _hints(path) -> dict:
-    """What a Hugging Face config.json says that shapes do not."""
+    """What a Hugging Face config.json says that shapes do not: numbers, or None where it is silent."""
     said = _json(path)
-    if isinstance(said.get("image_size"), list):
-        said["image_size"] = said["image_size"][0]  # some write [height, width]
+    if isinstance(said.get("image_size"), list):  # some write [height, width]
+        said["image_size"] = next(iter(said["image_size"]), "[]")
+    for key in ("num_attention_heads", "num_blocks", "image_size", "layer_norm_eps"):
+        value, kinds = said.get(key), (int, float) if key == "layer_norm_eps" else (int,)
+        if value is not None and (type(value) not in kinds or value < 0):
+            raise ValueError(f"{path}!{key}: {str(value)[:40]!r}; wanted is a number of type "
+                             f"{kinds[-1].__name__}, not below 0: mend it or download it again")
     return said
 
 
@@ -1125,6 +1130,9 @@ def load_encoder(encoder: ViT, path: str | Path):
     are resampled to its patch size and grid once, here."""
     config, state, meta = read(path)
     state = {key: value for key, value in state.items() if key.startswith("encoder.")}
+    if not config["encoder"]["registers"] and encoder.prefix > 1:
+        raise ValueError(f"{path}: weights without the {encoder.prefix - 1} register tokens of this encoder; "
+                         "take facebook/dinov2-with-registers-*, or timm's vit_*_patch14_reg4_dinov2")
     kernel, table, grid = "encoder.patch_embed.weight", "encoder.pos_embed", config["encoder"]["grid"]
     state[kernel] = resample_patch(state[kernel], encoder.patch)
     if table in state and encoder.pos_embed is not None:

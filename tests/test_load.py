@@ -164,6 +164,46 @@ def test_keys_that_do_not_fit_say_how_they_were_read(tmp_path):
     assert "read with this program's names: " in text
 
 
+@pytest.mark.parametrize("rope", [None, 100.0])
+@pytest.mark.parametrize(
+    "key,values",
+    [
+        ("image_size", ["big", [], ["64", "64"], {}, 64.5, -1, True]),
+        ("num_blocks", ["2", [2], 1.5, -1]),
+        ("num_attention_heads", ["1", [1], 1.5, {}]),
+        ("layer_norm_eps", ["small", [1e-6], {}]),
+    ],
+)
+def test_config_json_of_wrong_types(tmp_path, rope, key, values):
+    """Edited by hand: one line names file, key and what was wanted; null and nothing are as if not there."""
+    model, path = tiny(), tmp_path / "hf" / "config.json"
+    if rope:
+        model = eomt.EoMT(eomt.ViT(64, 4, 1, 16, (4, 4), rope=rope, eps=1e-5), 5, 7, 2)
+    eomt.save(tmp_path / "hf", model, format="hf")
+    good = json.loads(path.read_text())
+    for value in values:
+        path.write_text(json.dumps(good | {key: value}))
+        text = line_of(lambda: eomt.load(tmp_path / "hf"))
+        assert f"{path}!{key}: " in text and "number" in text and "wanted" in text, text
+    path.write_text(json.dumps(good | {key: None}))
+    assert eomt.load(tmp_path / "hf").encoder.config["heads"] == 1
+    for content in ("3", '"x"', "null", "[]"):
+        path.write_text(content)
+        assert str(path) in line_of(lambda: eomt.load(tmp_path / "hf"))
+
+
+def test_encoder_without_registers_names_those_with(tmp_path):
+    """The plain DINOv2 files lack the register tokens of EoMT's encoders; without any they do load."""
+    state = {k.removeprefix("encoder."): v for k, v in tiny().state_dict().items() if k[:8] == "encoder."}
+    torch.save(without(state, "reg_token"), tmp_path / "m.bin")
+    text = line_of(lambda: eomt.load_encoder(eomt.ViT(64, 4, 1, 16, (4, 4)), tmp_path / "m.bin"))
+    for word in ("m.bin: ", "facebook/dinov2-with-registers-", "vit_*_patch14_reg4_dinov2"):
+        assert word in text, text
+    bare = eomt.ViT(64, 4, 1, 16, (4, 4), registers=0)
+    eomt.load_encoder(bare, tmp_path / "m.bin")
+    assert torch.equal(bare.blocks[3].mlp.fc1.weight, state["blocks.3.mlp.fc1.weight"])
+
+
 @pytest.mark.parametrize("spelling", ["zoo", "hugging"])
 def test_foreign_tensors_of_impossible_shapes(tmp_path, spelling):
     """No axis, one, an empty one, one more: whatever the tensor, one line with the file."""
