@@ -583,7 +583,7 @@ SUBJECTS = {
 
 
 def parser():
-    p = data.Arguments(description=__doc__.splitlines()[0], allow_abbrev=False)
+    p = data.Arguments(description=__doc__.splitlines()[0])
     p.add_argument("subject", choices=SUBJECTS)
     p.add_argument("--encoder", choices=eomt.ENCODERS)
     p.add_argument("--size", type=int, nargs="+", help="pixels of a side, one or more")
@@ -592,7 +592,6 @@ def parser():
     p.add_argument("--json", help="also write the rows to this file")
     p.add_argument("--threads", type=int, default=1, help="CPU threads")
     p.add_argument("--quick", action="store_true", help="small shapes, seconds")
-    p.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return p
 
 

@@ -37,6 +37,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,7 +107,7 @@ def _junk(name):
 
 
 class Reader:
-    """The sorted member names of an archive (`names`, bytes array (n,)) and the look-ups on them."""
+    """The sorted names (`names`, bytes array (n,)) of what is in an archive or folder; look-ups on them."""
 
     def find(self, names: Iterable[str]) -> np.ndarray:
         """Index of each name, int64 (n,), -1 where there is none."""
@@ -1233,6 +1234,10 @@ def one_line(error: BaseException) -> str:
 class Arguments(argparse.ArgumentParser):
     """A command line whose mistakes are a ValueError: one line from `command`, with exit code 1."""
 
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
     def error(self, message):
         raise ValueError(f"{message}; --help lists the options")
 
@@ -1259,10 +1264,10 @@ def _deaf(worker: int):
         signal.signal(number, signal.SIG_IGN)
 
 
-def _packs(dataset, keys, workers, context=None, pin=False):
-    """The samples of each list of keys as `pack` makes them; a fault in a data process ends in one line."""
+def _packs(dataset, keys, workers, context=None, pin=False, work=pack):
+    """The samples of each list of keys as `work` packs them; a fault in a data process ends in one line."""
     batches = torch.utils.data.DataLoader(
-        dataset, batch_sampler=keys, collate_fn=pack, num_workers=workers, pin_memory=pin,
+        dataset, batch_sampler=keys, collate_fn=work, num_workers=workers, pin_memory=pin,
         worker_init_fn=_deaf, multiprocessing_context=context if workers else None)
     if not workers:
         yield from batches
@@ -1305,12 +1310,17 @@ def loader(dataset: SegmentDataset, batch_size: int, steps: int, seed: int = 0, 
     return map(_batch, _packs(dataset, keys(), workers, context, pin))
 
 
+def _prepared(prepare, samples):
+    return pack([s._replace(image=prepare(s.image)) for s in samples] if prepare else samples)
+
+
 def eval_loader(dataset: SegmentDataset, rank: int = 0, world: int = 1, workers: int = 0,
-                batch_size: int = 1, limit: int | None = None) -> Iterator[list[Sample]]:
-    """Lists of up to `batch_size` samples, each of its own size: images rank, rank + world, and on."""
+                batch_size: int = 1, limit: int | None = None, prepare=None) -> Iterator[list[Sample]]:
+    """Lists of up to `batch_size` samples, each of its own size: images rank, rank + world, and on. What
+    `prepare` makes of an image, in the data processes, takes its place."""
     mine = range(len(dataset))[:limit][rank::world]
     keys = [mine[first:first + batch_size] for first in range(0, len(mine), batch_size)]
-    return map(unpack, _packs(dataset, keys, workers))
+    return map(unpack, _packs(dataset, keys, workers, work=partial(_prepared, prepare)))
 
 
 # ---- The procedural world: things (colour x shape) over stuff (ground x pattern), as official COCO zips ----
@@ -1477,13 +1487,12 @@ def grid(dataset: SegmentDataset, count: int = 8, height: int = 200) -> Image.Im
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = Arguments(description="Check a data folder, draw some of it.", allow_abbrev=False)
+    parser = Arguments(description="Check a data folder, draw some of it.")
     parser.add_argument("path", help="folder (or zip) that holds the data")
     parser.add_argument("--task", default="auto", help=f"auto, {', '.join(TASKS)}")
     parser.add_argument("--split", default="train,val", help="splits to check, with a comma")
     parser.add_argument("--decode", action="store_true", help="also decode every image and mask")
     parser.add_argument("--out", default="data_check.png", help="picture to write")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     splits, out = args.split.split(","), Path(args.out)
     if not {"train", "val"}.issuperset(splits):

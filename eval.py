@@ -159,10 +159,10 @@ def evaluate_each(model, dataset, turns, rank, world, workers, limit, masked, ex
     """A Result for each of `turns`: every batch is asked about as often, after a call of each."""
     began, meta, training = time.time(), model.meta, model.training
     kinds = [make_metric(meta) for _ in turns]
-    model.eval()
-    device = model.mean.device
+    device = model.eval().mean.device
     mask_prob = torch.ones(model.num_blocks, device=device) if masked else None
     images, batch = min(limit or len(dataset), len(dataset)), 8 if device.type == "cuda" else 1
+    resize = partial(eomt.fitted, window=(meta["size"],) * 2, kind=meta["kind"])
 
     def count(kind, results, samples):
         for result, sample in zip(results, samples, strict=True):
@@ -174,11 +174,11 @@ def evaluate_each(model, dataset, turns, rank, world, workers, limit, masked, ex
     bar = tqdm(total=images, unit="img", disable=rank > 0 or not sys.stderr.isatty())
     with bar, ThreadPoolExecutor(1) as thread:
         counted = thread.submit(count, kinds[0], [], [])
-        for samples in data.eval_loader(dataset, rank, world, workers, batch, limit or None):
-            pictures = [sample.image for sample in samples]
+        for samples in data.eval_loader(dataset, rank, world, workers, batch, limit or None, resize):
+            pictures, sizes = zip(*((s.image, tuple(s.target.ids.shape[1:])) for s in samples), strict=True)
             for kind, turn in zip(kinds, turns, strict=True):
                 turn()
-                results = eomt.segment(model, pictures, meta["kind"], mask_prob=mask_prob)
+                results = eomt.segment(model, pictures, meta["kind"], mask_prob=mask_prob, sizes=sizes)
                 counted.result()
                 counted = thread.submit(count, kind, results, samples)
             bar.update(len(samples) * world)
@@ -412,7 +412,7 @@ OV_KEYS = ["ov_" + name.replace("-", "_") for name, _, _ in OV_OPTIONS]
 
 # ---- Command line ------------------------------------------------------------------------------------------
 def parser() -> argparse.ArgumentParser:
-    top = data.Arguments(None, "%(prog)s --ckpt CKPT [options]", __doc__.split("\n")[0], allow_abbrev=False)
+    top = data.Arguments(usage="%(prog)s --ckpt CKPT [options]", description=__doc__.split("\n")[0])
     top.add_argument("--ckpt", required=True, help="run folder (best, else newest), step folder or file")
     top.add_argument("--base", default="", help="DINOv3 encoder that a delta checkpoint is added to")
     top.add_argument("--data", default="", help="data folder; default: the one the run was trained on")
@@ -438,7 +438,6 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--compile", action="store_true", help="with CUDA graphs; pays off for many images")
     top.add_argument("--fp8", action="store_true", help="the blocks' linear layers in 8-bit floats")
     top.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return top
 
 

@@ -954,6 +954,22 @@ def test_fit_rounds_as_upstream():
     assert eomt.fit((427, 640), (640, 640)) == (427, 640)
 
 
+@pytest.mark.parametrize("kind", ["panoptic", "instance", "semantic"])
+def test_segment_of_images_that_are_fitted_already(kind):
+    """Evaluation's data processes do it; strips are left alone, as they are cut first."""
+    model, sizes = tiny(), [(48, 60), (90, 31), (5, 70), (32, 32)]
+    photos = [images(3, *size, seed=i) for i, size in enumerate(sizes)]
+    ready = [eomt.fitted(photo, (32, 32), kind) for photo in photos]
+    assert [photo.shape == other.shape for photo, other in zip(photos, ready, strict=True)] == [
+        False, False, kind == "semantic", True]
+    every = dict(kind=kind, window=(32, 32), thing=[True, False, True])
+    want, got = eomt.segment(model, photos, **every), eomt.segment(model, ready, **every, sizes=sizes)
+    for one, other, size in zip(want, got, sizes, strict=True):
+        pairs = [(one, other)] if kind == "semantic" else zip(one, other, strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+        assert (other if kind == "semantic" else other[0]).shape[-2:] == size
+
+
 # ---- checkpoint folders ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("text", ["{", "[]", '{"sha256": 3}', "{}", '{"sha256": {"model.safetensors": "0"}}'])
 def test_find_passes_over_damage(tmp_path, text, capsys):

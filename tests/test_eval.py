@@ -1,6 +1,7 @@
 """eval.py: masks counted on the device, and counting in a thread while the model goes on."""
 # SPDX-License-Identifier: MIT
 import json
+import os
 import sys
 import threading
 import time
@@ -174,6 +175,21 @@ def test_thread_counts_while_the_model_works(monkeypatch):
     both = sum(max(0, min(b, d) - max(a, c)) for a, b in spans["model"] for c, d in spans["count"])
     assert both > 0.5 * 7 * 0.03  # 7 of 8 counts lie beside the next call of the model
     assert all(count[0] >= model[1] for model, count in zip(spans["model"], spans["count"], strict=True))
+
+
+def test_images_are_resized_in_the_data_processes(monkeypatch):
+    here, seen = os.getpid(), []
+
+    def resize(image, size):
+        return torch.full((3, *size), int(os.getpid() != here), dtype=torch.uint8)
+
+    def segment(model, images, kind, sizes, **_):
+        seen.extend((tuple(x.shape), x.min().item(), size) for x, size in zip(images, sizes, strict=True))
+        return guess(model, images, kind)
+
+    monkeypatch.setattr(eomt, "resize", resize)
+    run(monkeypatch, 3, segment, workers=1)
+    assert seen == [((3, 16, 18), 1, (8, 9))] * 3
 
 
 def test_thread_is_never_two_batches_behind(monkeypatch):
