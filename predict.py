@@ -288,7 +288,7 @@ def check_names(paths: list[Path], out: Path) -> None:
 
 def parser():
     top = data.Arguments(usage="%(prog)s --ckpt CKPT [options] IMAGE...",
-                         description=__doc__.split("\n")[0], allow_abbrev=False)
+                         description=__doc__.split("\n")[0])
     top.add_argument("images", nargs="*", help="images, folders or globs")
     top.add_argument("--ckpt", required=True, help="run (best, else newest), step folder, file or HF name")
     top.add_argument("--out", default="predictions", help="folder for the results")
@@ -302,7 +302,6 @@ def parser():
     top.add_argument("--size", type=int, default=0, help="network input side; default: the checkpoint's")
     top.add_argument("--export", default="", metavar="FILE", help="write the model as .onnx or .pt2 and stop")
     top.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return top
 
 
@@ -340,6 +339,7 @@ def run(args):
         off = export(model, Path(args.export))
         print(f"{args.export}: " + ("not checked" if off is None else f"logits differ by at most {off:.1e}"))
         return
+    eomt.accelerate(model)
     paths, out = expand(args.images), Path(args.out)
     if not paths:
         raise ValueError("no images; give files, folders or globs")
