@@ -225,7 +225,7 @@ def parser() -> argparse.ArgumentParser:
     """One flag per Config field: --some-name (or --some_name), --x / --no-x, lists with commas."""
     rows = [f"  {word:<40}{flag}" for word, flag in SEED_WORDS.items()]
     top = data.Arguments(usage="%(prog)s [options]; --help lists them", description=__doc__.split("\n")[0],
-                         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         conflict_handler="resolve", formatter_class=argparse.RawDescriptionHelpFormatter,
                          argument_default=argparse.SUPPRESS,  # what was not given is not there
                          epilog="\n".join(["original recipe -> here:", *rows]))
     for field in dataclasses.fields(Config):

@@ -2,7 +2,6 @@
 not finite."""
 
 # SPDX-License-Identifier: MIT
-import contextlib
 import json
 import os
 import re
@@ -150,24 +149,19 @@ def test_gradient_does_not_depend_on_split(shapes):  # noqa: F811
 
 
 def test_ranks_exchange_gradients_once_a_step(shapes):  # noqa: F811
-    """Not after every part: forward and backward of all but the last are inside DDP's no_sync."""
+    """Not after every part: in forward and backward DDP is told so for all but the last."""
     cfg, _ = train.parse([*TINY, "--data", str(shapes), "--device-batch-size", "1"])
     trainer = train.Trainer(cfg, train.make_model(cfg, data.TASKS["shapes"].vocabulary), torch.device("cpu"))
-    sets, alone, seen = data.SegmentDataset(shapes, "shapes", "train", data.Augment(64)), [], []
+    sets, seen = data.SegmentDataset(shapes, "shapes", "train", data.Augment(64)), []
 
-    @contextlib.contextmanager
-    def no_sync():
-        alone.append(1)
-        yield
-        alone.pop()
+    def look(*_):
+        seen.append(trainer.model.require_backward_grad_sync)
 
-    trainer.raw.no_sync, trainer.world = no_sync, 2
-    trainer.raw.register_forward_pre_hook(lambda *_: seen.append(len(alone)))
-    trainer.raw.q.weight.register_hook(lambda _: seen.append(len(alone)))  # backward
-    parts = list(data.loader(sets, 4, 1, device_batch=1))
-    for i, part in enumerate(parts):
+    trainer.raw.register_forward_pre_hook(look)
+    trainer.raw.q.weight.register_hook(look)  # backward
+    for i, part in enumerate(data.loader(sets, 4, 1, device_batch=1)):
         trainer.backward(0, i, part, torch.ones(2))
-    assert seen == [1, 1] * 3 + [0, 0]
+    assert seen == [False, False] * 3 + [True, True]
 
 
 # ---- Faults ------------------------------------------------------------------------------------------------

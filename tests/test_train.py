@@ -416,8 +416,8 @@ def test_images_go_to_a_gpu_from_pinned_memory(device, monkeypatch):
     trainer.rank, trainer.world, trainer.missed, trainer.lap = 0, 1, False, lambda *_: {}
     trainer.device, trainer.raw = SimpleNamespace(type=device), torch.nn.Identity()
     trainer.sets = {"train": range(32)}
-    monkeypatch.setattr(torch.utils.data, "DataLoader", lambda *words, **options: asked.update(options))
-    monkeypatch.setattr(data, "staged", lambda batches, to: asked.update(to=to))
+    monkeypatch.setattr(torch.utils.data, "DataLoader", lambda *words, **options: asked.update(options) or [])
+    monkeypatch.setattr(data, "staged", lambda batches, to: asked.update(to=to) or list(batches))
     assert trainer.fit(3, SimpleNamespace(signal=0)) == 0
     assert asked["pin_memory"] == (device == "cuda") and asked["to"] is trainer.device
 
