@@ -23,7 +23,7 @@ def seeded():
     torch.manual_seed(0)
 
 
-INTERPRETERS, INTERPRETED = ThreadPoolExecutor(1), {}  # file -> what `interpret` will give
+INTERPRETERS, INTERPRETED = ThreadPoolExecutor(1, "interpreter"), {}  # file -> what `interpret` will give
 
 
 def interpret(file):
