@@ -751,7 +751,6 @@ _ALIASES = [(re.compile(pattern), name) for pattern, name in (
     (r"^(.*\.)?(attn_mask_probs|pixel_mean|pixel_std|empty_weight|mask_token|rope_emb.*)$", ""),
 )]
 
-
 # Whatever values that nobody has chosen may lead to.
 _FAULTS = (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError, ArithmeticError)
 
@@ -848,10 +847,11 @@ def _raw(path: Path) -> tuple[dict[str, Tensor], dict]:
             raise ValueError(f"{path}: the file is {what}, not weights; download it again")
     if not path.name.endswith(".index.json"):
         return _tensors(path)
+    index = _json(path)
     with _blame(path, "no list of weight files beside it"):
-        shards = sorted(set(_json(path)["weight_map"].values()))
-        if not all(re.fullmatch(r"[\w-][\w.-]*\.(safetensors|bin)", shard) for shard in shards):
-            raise ValueError(shards)
+        shards = sorted(set(index["weight_map"].values()), key=str)
+        for bad in (s for s in shards if not re.fullmatch(r"[\w-][\w.-]*\.(safetensors|bin)", str(s))):
+            raise ValueError(bad)
     return {k: v for shard in shards for k, v in _raw(path.parent / shard)[0].items()}, {}
 
 
@@ -927,15 +927,15 @@ def _tidy(state):
 
 
 def _hints(path) -> dict:
-    """What a Hugging Face config.json says that shapes do not: numbers, or None where it is silent."""
-    said = _json(path)
+    """What a Hugging Face config.json says that shapes do not."""
+    said = {key: value for key, value in _json(path).items() if value is not None}
     if isinstance(said.get("image_size"), list):  # some write [height, width]
         said["image_size"] = next(iter(said["image_size"]), "[]")
     for key in ("num_attention_heads", "num_blocks", "image_size", "layer_norm_eps"):
-        value, kinds = said.get(key), (int, float) if key == "layer_norm_eps" else (int,)
-        if value is not None and (type(value) not in kinds or value < 0):
-            raise ValueError(f"{path}!{key}: {str(value)[:40]!r}; wanted is a number of type "
-                             f"{kinds[-1].__name__}, not below 0: mend it or download it again")
+        value, kinds = said.get(key, 1), (int, float) if key == "layer_norm_eps" else (int,)
+        if type(value) not in kinds or value < (key in ("num_attention_heads", "image_size")):
+            raise ValueError(f"{path}!{key}: {str(value)[:40]!r}; wanted is a positive "
+                             f"number of type {kinds[-1].__name__}: mend it or download it again")
     return said
 
 
@@ -944,13 +944,13 @@ def _infer(state, raw, hints) -> dict:
     width, patch = (state["encoder.patch_embed.weight"].shape[axis] for axis in (0, 3))
     hidden = state["encoder.blocks.0.mlp.fc2.weight"].shape[1]
     depth = 1 + max(int(key.split(".")[2]) for key in state if key.startswith("encoder.blocks."))
-    rope, eps, side = 100.0, 1e-5, (hints.get("image_size") or 640) // patch  # DINOv3
+    rope, eps, side = 100.0, 1e-5, hints.get("image_size", 640) // patch  # DINOv3
     if "encoder.pos_embed" in state:
         rope, eps, side = None, 1e-6, math.isqrt(state["encoder.pos_embed"].shape[1])
-    encoder = dict(width=width, depth=depth, heads=hints.get("num_attention_heads") or max(1, width // 64),
+    encoder = dict(width=width, depth=depth, heads=hints.get("num_attention_heads", max(1, width // 64)),
                    patch=patch, grid=[side, side], registers=state["encoder.reg_token"].shape[1], ffn=hidden,
                    swiglu=len(state["encoder.blocks.0.mlp.fc1.weight"]) == 2 * hidden, rope=rope,
-                   eps=hints.get("layer_norm_eps") or eps)
+                   eps=hints.get("layer_norm_eps", eps))
     if "q.weight" not in state:
         return dict(encoder=encoder)
     probs = next((len(v) for k, v in raw.items() if k.endswith("attn_mask_probs") and v.ndim), 0)

@@ -168,9 +168,9 @@ def test_keys_that_do_not_fit_say_how_they_were_read(tmp_path):
 @pytest.mark.parametrize(
     "key,values",
     [
-        ("image_size", ["big", [], ["64", "64"], {}, 64.5, -1, True]),
+        ("image_size", ["big", [], ["64", "64"], {}, 64.5, -1, 0, True]),
         ("num_blocks", ["2", [2], 1.5, -1]),
-        ("num_attention_heads", ["1", [1], 1.5, {}]),
+        ("num_attention_heads", ["1", [1], 1.5, {}, 0]),
         ("layer_norm_eps", ["small", [1e-6], {}]),
     ],
 )
@@ -185,6 +185,8 @@ def test_config_json_of_wrong_types(tmp_path, rope, key, values):
         path.write_text(json.dumps(good | {key: value}))
         text = line_of(lambda: eomt.load(tmp_path / "hf"))
         assert f"{path}!{key}: " in text and "number" in text and "wanted" in text, text
+    path.write_text(json.dumps(good | {"layer_norm_eps": 0}))
+    assert eomt.load(tmp_path / "hf").encoder.config["eps"] == 0
     path.write_text(json.dumps(good | {key: None}))
     assert eomt.load(tmp_path / "hf").encoder.config["heads"] == 1
     for content in ("3", '"x"', "null", "[]"):
