@@ -254,8 +254,8 @@ class ZipReader(Reader):
             try:  # a MB at a time; zipfile checks its length and CRC
                 with zipfile.ZipFile(_File(self)) as archive:  # which may know it by another name
                     info = next(one for one in archive.infolist() if one.header_offset == self.offset[i])
-                    packed = archive.open(info)
-                    write_atomically(target, lambda file: shutil.copyfileobj(packed, file, 1 << 20))
+                    with archive.open(info) as packed:
+                        write_atomically(target, lambda file: shutil.copyfileobj(packed, file, 1 << 20))
             except (zipfile.BadZipFile, zlib.error, EOFError) as error:
                 raise ValueError(f"{self.where(i)}: damaged ({error}); download the archive again") from None
         return ZipReader(target, label=self.where(i))
@@ -659,8 +659,7 @@ def coco_table(root: str | Path, kind: str, split: str) -> tuple[Table, Reader, 
 
 class _Coco:
     def __init__(self, root, task, split):
-        kind = "instances" if task.layout == "coco_instance" else "panoptic"
-        self.table, self.reader, self.stem = coco_table(root, kind, split)
+        self.table, self.reader, self.stem = coco_table(root, self.kind, split)
         self.problems = [line.decode() for line in self.table["problems"]]
         self.image_ids, self.hw, self.names = (self.table[k] for k in ("image_id", "hw", "image_name"))
         self.images, prefix = mount(root, [f"{split}2017", f"images/{split}2017", f"images/{split}", split])
@@ -685,6 +684,8 @@ class _Coco:
 
 class CocoPanoptic(_Coco):
     """Panoptic JSON beside a (nested) zip or folder of id PNGs."""
+
+    kind = "panoptic"
 
     def __init__(self, root, task, split):
         super().__init__(root, task, split)
@@ -723,6 +724,8 @@ class CocoPanoptic(_Coco):
 
 class CocoInstance(_Coco):
     """Instance JSON with polygons or RLE; instances may overlap."""
+
+    kind = "instances"
 
     def target(self, i: int, crowd: bool) -> Target:
         rows = np.arange(*self.table["start"][i:i + 2])
@@ -1151,14 +1154,15 @@ class Batch:
     packed: list  # as `pack` made it
 
 
-def pack(samples: Sequence[Sample]) -> tuple:
+def pack(samples: Sequence[Sample], prepare=None) -> tuple:
     """Samples -> the form that leaves a worker: few tensors, as each costs a file descriptor, often of 1024.
 
     Pixels uint8 (bytes,): images, then id maps; numbers float64 (T_all, 5): layer, value, label, crowd, area;
-    the shapes of the pixels; T of each sample; (name, image_id, faults) of each sample.
+    the shapes of the pixels; T of each sample; (name, image_id, faults) of each sample. What `prepare` makes
+    of an image takes its place.
     """
     targets = [s.target for s in samples]
-    maps = [s.image for s in samples] + [t.ids for t in targets]
+    maps = [prepare(s.image) if prepare else s.image for s in samples] + [t.ids for t in targets]
     columns = [(t.layer, t.value, t.labels, t.crowd, t.area) for t in targets]
     rows = [torch.stack([column.double() for column in five], 1) for five in columns]
     pixels = torch.empty(0, dtype=torch.uint8)
@@ -1314,17 +1318,13 @@ def loader(dataset: SegmentDataset, batch_size: int, steps: int, seed: int = 0, 
     return map(_batch, _packs(dataset, keys(), workers, context, pin))
 
 
-def _prepared(prepare, samples):
-    return pack([s._replace(image=prepare(s.image)) for s in samples] if prepare else samples)
-
-
 def eval_loader(dataset: SegmentDataset, rank: int = 0, world: int = 1, workers: int = 0,
                 batch_size: int = 1, limit: int | None = None, prepare=None) -> Iterator[list[Sample]]:
-    """Lists of up to `batch_size` samples, each of its own size: images rank, rank + world, and on. What
-    `prepare` makes of an image, in the data processes, takes its place."""
+    """Lists of up to `batch_size` samples, each of its own size: images rank, rank + world, and on; `prepare`
+    works in the data processes."""
     mine = range(len(dataset))[:limit][rank::world]
     keys = [mine[first:first + batch_size] for first in range(0, len(mine), batch_size)]
-    return map(unpack, _packs(dataset, keys, workers, work=partial(_prepared, prepare)))
+    return map(unpack, _packs(dataset, keys, workers, work=partial(pack, prepare=prepare)))
 
 
 # ---- The procedural world: things (colour x shape) over stuff (ground x pattern), as official COCO zips ----

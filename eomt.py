@@ -663,7 +663,7 @@ def segment(model: nn.Module, images: list[Tensor], kind: str, window: tuple[int
     if kind not in ("panoptic", "instance", "semantic"):
         raise ValueError(f"kind {kind}: unknown; one of panoptic, instance, semantic")
     window, batch = window or (model.meta["size"],) * 2, model.meta.get("batch", batch)
-    sizes = sizes or [tuple(image.shape[1:]) for image in images]
+    sizes = sizes or [image.shape[1:] for image in images]
     if kind == "semantic":
         return list(map(partial(_segment_semantic, model, window, mask_prob, batch), images, sizes))
     finish = instance
@@ -677,8 +677,8 @@ def segment(model: nn.Module, images: list[Tensor], kind: str, window: tuple[int
         for slot, image, (h, w) in zip(inputs, images[start:], contents, strict=False):
             slot[:, :h, :w] = resize(image, (h, w))
         masks, classes = _network(model, inputs, mask_prob)
-        results += [finish(*logits, window, content, size)
-                    for *logits, content, size in zip(masks, classes, contents, part, strict=True)]
+        for i, size in enumerate(part):
+            results.append(finish(masks[i], classes[i], window, contents[i], tuple(size)))
     return results
 
 
@@ -688,7 +688,7 @@ def _segment_semantic(model, window, mask_prob, batch, image, size):
     if max(size) > 8 * min(size):  # the class scores of a strip of 1x1500 at window height would need 200 GB
         axis = 0 if size[0] > size[1] else 1
         halves = image.chunk(2, axis + 1)  # 2 x (3, H/2, W) or (3, H, W/2)
-        return torch.cat([_segment_semantic(model, window, mask_prob, batch, half, tuple(half.shape[1:]))
+        return torch.cat([_segment_semantic(model, window, mask_prob, batch, half, half.shape[1:])
                           for half in halves], axis)
     image = resize(image, scaled)
     axis = 0 if scaled[0] / window[0] >= scaled[1] / window[1] else 1
@@ -931,11 +931,11 @@ def _hints(path) -> dict:
     said = {key: value for key, value in _json(path).items() if value is not None}
     if isinstance(said.get("image_size"), list):  # some write [height, width]
         said["image_size"] = next(iter(said["image_size"]), "[]")
-    for key in ("num_attention_heads", "num_blocks", "image_size", "layer_norm_eps"):
-        value, kinds = said.get(key, 1), (int, float) if key == "layer_norm_eps" else (int,)
-        if type(value) not in kinds or value < (key in ("num_attention_heads", "image_size")):
-            raise ValueError(f"{path}!{key}: {str(value)[:40]!r}; wanted is a positive "
-                             f"number of type {kinds[-1].__name__}: mend it or download it again")
+    for key, kind, least in (("num_attention_heads", int, 1), ("image_size", int, 1), ("num_blocks", int, 0),
+                             ("layer_norm_eps", float, 0)):
+        value = said.get(key, least)
+        if type(value) not in (int, kind) or value < least:
+            raise ValueError(f"{path}!{key}: {str(value)[:40]!r}; wanted: {kind.__name__} number >= {least}")
     return said
 
 

@@ -175,7 +175,7 @@ def evaluate_each(model, dataset, turns, rank, world, workers, limit, masked, ex
     with bar, ThreadPoolExecutor(1) as thread:
         counted = thread.submit(count, kinds[0], [], [])
         for samples in data.eval_loader(dataset, rank, world, workers, batch, limit or None, resize):
-            pictures, sizes = zip(*((s.image, tuple(s.target.ids.shape[1:])) for s in samples), strict=True)
+            pictures, sizes = [s.image for s in samples], [s.target.ids.shape[1:] for s in samples]
             for kind, turn in zip(kinds, turns, strict=True):
                 turn()
                 results = eomt.segment(model, pictures, meta["kind"], mask_prob=mask_prob, sizes=sizes)
