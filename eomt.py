@@ -88,6 +88,11 @@ ENCODERS = {
 }
 
 
+def constant(value) -> Tensor:
+    """A tensor that no checkpoint holds: real also where the rest is built on "meta", without memory."""
+    return torch.tensor(value, device="cpu" if torch.get_default_device().type == "meta" else None)
+
+
 class Attention(nn.Module):
     def __init__(self, width, heads, key_bias):
         super().__init__()
@@ -95,14 +100,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         # Under RoPE a key bias would not cancel in the softmax, so DINOv3's missing one is held at zero.
-        used = None if key_bias else torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(width)  # (3*C,)
+        used = None if key_bias else constant([1.0, 0.0, 1.0]).repeat_interleave(width)  # (3*C,)
         self.register_buffer("bias_used", used, persistent=False)
 
     def forward(self, x, attend):
         used = self.bias_used
         x = self.qkv(x) if used is None else F.linear(x, self.qkv.weight, self.qkv.bias * used)  # (B, N, 3*C)
-        qkv = x.unflatten(-1, (3, self.heads, -1))  # (B, N, 3, nh, hd)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, nh, N, hd), views
+        q, k, v = x.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x (B, nh, N, hd), views
         return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))  # (B, N, C)
 
 
@@ -157,7 +161,7 @@ class ViT(nn.Module):
         self.grid = tuple(grid)
         self.patch_embed = nn.Conv2d(3, width, patch, patch)
         # DINOv3 trains on coordinates stretched at random, one factor a step: the trainer sets it.
-        self.register_buffer("rope_scale", torch.ones(()), persistent=False)
+        self.register_buffer("rope_scale", constant(1.0), persistent=False)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.reg_token = nn.Parameter(torch.zeros(1, registers, width))
         self.pos_embed = None if rope else nn.Parameter(torch.zeros(1, grid[0] * grid[1], width))
@@ -273,21 +277,20 @@ class EoMT(nn.Module):
     def __init__(self, encoder, num_classes, num_queries=200, num_blocks=None):
         super().__init__()
         self.encoder = encoder
-        depth = len(encoder.blocks)
+        depth, width = len(encoder.blocks), encoder.width
         self.num_blocks = default_num_blocks(depth) if num_blocks is None else num_blocks
         if not 1 <= self.num_blocks <= depth:
             raise ValueError(f"num_blocks {num_blocks}: the encoder has depth {depth}; take 1 to {depth}")
         self.config = dict(num_classes=num_classes, num_queries=num_queries, num_blocks=self.num_blocks)
         self.meta, self.recompute = {}, False
-        width = encoder.width
         self.q = nn.Embedding(num_queries, width)  # N(0, 1)
         self.class_head = nn.Linear(width, num_classes + 1)
         self.mask_head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width), nn.GELU(),
                                        nn.Linear(width, width))
         steps = max(1, int(math.log2(encoder.patch)) - 2)  # masks at 1/4 of the image for patch 16 and 14
         self.upscale = nn.Sequential(*(ScaleBlock(width) for _ in range(steps)))
-        self.register_buffer("mean", torch.tensor(encoder.mean).reshape(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(encoder.std).reshape(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", constant(encoder.mean).reshape(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", constant(encoder.std).reshape(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor, mask_prob: Tensor | None = None,
                 noise: Tensor | None = None) -> list[Prediction]:
@@ -410,7 +413,6 @@ class OpenVocabEoMT(EoMT):
     def adapt(self, last_n: int, rank_attn: int, rank_ffn: int):
         """Freezes the encoder and puts LoRA adapters into its last blocks."""
         import lora
-
         self.encoder.requires_grad_(False)
         lora.add(self.encoder.blocks, last_n, rank_attn, rank_ffn)
         self.adapters = dict(last_n=last_n, rank_attn=rank_attn, rank_ffn=rank_ffn)
@@ -442,7 +444,6 @@ class OpenVocabEoMT(EoMT):
     def teach(self, states, grid):
         """Patches (B,h*w,C) before each block, or the first -> after the final norm, all without adapters."""
         import lora
-
         # Up to the first block that trains, the teacher's tokens are the encoder's.
         blocks, attend = self.encoder.blocks, self.encoder.attention(grid)
         trains = [any(p.requires_grad for p in block.parameters()) for block in blocks[:len(states)]]
@@ -492,7 +493,6 @@ class OpenVocabEoMT(EoMT):
     @torch.compiler.disable  # a compiled model keeps its graph when the vocabulary changes
     def name_regions(self, queries, masks, patches, grid):
         from siglip2 import map_pool
-
         z = F.adaptive_avg_pool2d(masks.float(), grid).flatten(2)  # (B, Q, h*w)
         return self.class_head(queries, map_pool(self.encoder, patches, z, self.gamma, self.pool))
 
@@ -501,7 +501,6 @@ class OpenVocabEoMT(EoMT):
         class, per synonym, the texts to average, default the names in the templates of training; weights:
         the text tower, default that of training. Raises ValueError for another tower's text."""
         from siglip2 import text_rows
-
         templates = self.meta.get("templates", ["a photo of a {}.", "a {} in the scene."])
         prompts = prompts or [[[template.format(name) for template in templates]] for name in names]
         weights = weights or self.meta["text"]
@@ -549,8 +548,8 @@ def panoptic(masks: Tensor, classes: Tensor, window, content, size, thing, score
     scores, labels = scores[keep], labels[keep]
     if len(keep) == 0:
         return Panoptic(torch.zeros(size, dtype=torch.int32, device=masks.device), labels, scores)
-    owner, areas = panoptic_merge(masks[keep], scores, window, content, size, mask_threshold)
-    own, assigned, final = areas  # 3 x (k,)
+    owner, counts = panoptic_merge(masks[keep], scores, window, content, size, mask_threshold)
+    own, assigned, final = counts  # 3 x (k,)
     good = (final > 0) & (assigned / own.clamp(min=1) >= overlap_threshold)  # (k,)
     kept, number, segments = [], [], {}  # first query of each segment; each query's segment, from 1, 0 = none
     for k, (fine, label) in enumerate(torch.stack([good, labels], 1).tolist()):  # the host's last wait
@@ -592,7 +591,6 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     """uint8 (3,H,W) to `size` with Pillow's bilinear filter, the one the published numbers were made with."""
     import numpy as np
     from PIL import Image
-
     assert image.dtype == torch.uint8 and len(image) == 3, f"uint8 (3,H,W): {image.dtype} {image.shape}"
     if tuple(image.shape[1:]) == tuple(size):
         return image
@@ -629,7 +627,6 @@ def accelerate(model: EoMT, fp8: bool = False, batch: int = 0) -> EoMT:
             continue  # those heads compute in fp32 whatever autocast says
         if fp8 and "blocks." in name:
             from kernels.fp8_linear import Fp8Linear
-
             model.set_submodule(name, Fp8Linear(module))
         elif module.weight.is_cuda:
             module.to(torch.bfloat16)
@@ -677,8 +674,8 @@ def segment(model: nn.Module, images: list[Tensor], kind: str, window: tuple[int
         for slot, image, (h, w) in zip(inputs, images[start:], contents, strict=False):
             slot[:, :h, :w] = resize(image, (h, w))
         masks, classes = _network(model, inputs, mask_prob)
-        for i, size in enumerate(part):
-            results.append(finish(masks[i], classes[i], window, contents[i], tuple(size)))
+        results += [finish(m, c, window, content, tuple(size))
+                    for m, c, content, size in zip(masks, classes, contents, part, strict=True)]
     return results
 
 
@@ -707,8 +704,8 @@ def _segment_semantic(model, window, mask_prob, batch, image, size):
     label = torch.zeros(size, dtype=torch.int64, device=total.device)  # (H, W)
     step = max(1, (1 << 26) // (size[0] * size[1]))  # 256 MB of fp32
     for first in range(0, len(total), step):  # 150 classes of a 100 MP photo do not fit: running maximum
-        scores = F.interpolate(total[None, first:first + step], size, mode="bilinear")[0]  # (K', H, W)
-        value, index = scores.max(0)  # (H, W) x 2
+        part = F.interpolate(total[None, first:first + step], size, mode="bilinear")[0]  # (K', H, W)
+        value, index = part.max(0)  # (H, W) x 2
         better = value > best
         best, label = torch.where(better, value, best), torch.where(better, index + first, label)
     return label
@@ -772,8 +769,7 @@ def sha256(path: Path) -> str:
 
 
 def damaged(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder that carries sums in meta.json, None if nothing: torch and
-    safetensors both load flipped bits without a word."""
+    """What is wrong with a checkpoint folder by the sums in meta.json, or None; flipped bits would load."""
     if not (folder / "meta.json").exists():
         return None
     try:
@@ -827,7 +823,6 @@ def _download(name: str) -> Path:
         for files in (("config.json", "model.safetensors"), ("pytorch_model.bin",)):
             try:
                 from huggingface_hub import hf_hub_download
-
                 return [Path(hf_hub_download(name, file)) for file in files][-1]
             except (ImportError, OSError, ValueError) as e:  # not installed; offline, not there, not allowed
                 fault = (f"no such file, and not fetched from Hugging Face ({type(e).__name__}); "
@@ -869,7 +864,6 @@ def unpickle(path: Path):
 
 def _tensors(path):
     from safetensors import SafetensorError, safe_open
-
     if path.suffix == ".safetensors":
         with _blame(path, "cut or damaged file", SafetensorError), safe_open(str(path), "pt") as file:
             header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
@@ -1084,7 +1078,9 @@ def fill(model: nn.Module, state: dict[str, Tensor], path, origin=None, skip: tu
     state = {key: value for key, value in state.items() if not key.startswith(skip)}
     own = {key: value for key, value in model.state_dict().items() if not key.startswith(skip)}
     _compare(own, state, path, origin or {})
-    model.load_state_dict(state, strict=False)
+    if assign := next(model.parameters()).is_meta:  # copies, for a file that is read is mapped into memory
+        state = {key: value.to(own[key].dtype, copy=True) for key, value in state.items()}
+    model.load_state_dict(state, strict=False, assign=assign)
 
 
 def _compare(own, state, path, origin):
@@ -1111,7 +1107,8 @@ def load(path: str | Path, device="cpu", base: str | Path | None = None) -> EoMT
     config, state, meta = read(path, base)
     if "num_classes" not in config:
         raise ValueError(f"{path}: an encoder without heads; give it to train.py --encoder-weights")
-    model = build(config)
+    with torch.device("meta"):  # random weights would take longer than the file's
+        model = build(config)
     fill(model, state, path, meta.pop("origin", None))
     if "open" in config:
         import lora
@@ -1157,13 +1154,11 @@ def save(path: str | Path, model: EoMT, format: str = "nanoeomt", **meta):
 def save_adapters(path: str | Path, model: OpenVocabEoMT):
     """The LoRA adapters alone, a few MB."""
     import lora
-
     _write(path, lora.state_dict(model.encoder), {"format": "pt"})
 
 
 def _write(path, state, header):
     from safetensors.torch import save as serialise
-
     state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     Path(path).write_bytes(serialise(state, header))  # the library's own file would have mode 0600
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import eomt
 import eval as evaluation
+import lora
 import siglip2
 import train
 
@@ -75,6 +76,25 @@ def test_foreign_spelling_loads_and_says(tmp_path, capsys, kind, words):
     said = capsys.readouterr().err
     assert said.startswith(f"note: {tmp_path}/m.bin: ") and said.count("\n") == 1
     assert all(word in said for word in words), said
+
+
+@pytest.mark.parametrize("made", [tiny, lambda: tiny().bfloat16(), open_model], ids=["eomt", "bf16", "open"])
+def test_load_takes_the_tensors_of_the_file(tmp_path, made):
+    """Into memory of their own, in fp32, without a random start: the file may change afterwards."""
+    model, file = made(), tmp_path / "w.safetensors"
+    eomt.save(file, model)
+    before = torch.get_rng_state()
+    loaded = eomt.load(file)
+    if "open" in loaded.config:
+        lora.merge(model.encoder)
+    else:
+        assert torch.equal(torch.get_rng_state(), before)
+    file.write_bytes(bytes(file.stat().st_size))
+    want = model.state_dict()
+    for key, value in loaded.state_dict().items():
+        assert torch.equal(value, want[key].float() if value.is_floating_point() else want[key]), key
+        assert not value.is_floating_point() or value.dtype == torch.float32, key
+    assert {p.requires_grad for p in loaded.upscale.parameters()} == {True}
 
 
 def test_our_own_file_says_nothing(tmp_path, capsys):
