@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 try:
-    from kernels import mask_product, masked_attention, pack_mask, panoptic_merge, restored, upscale
+    from kernels import mask_product, masked_attention, pack_mask, packed, panoptic_merge, restored, upscale
 except ImportError:  # this file copied alone: the same numbers in plain torch; the story begins at "Encoder"
     mask_product = partial(torch.einsum, "bqc,bhwc->bqhw")  # mask logits
+    packed = nn.Identity()
 
     def pack_mask(mask_logits, grid, prefix_columns, num_keys, keep_prob=1.0, noise=None):
         """Mask logits (B,Q,mh,mw) -> bool (B,Q,num_keys): may query q look at key n?"""
@@ -616,20 +617,24 @@ def fitted(image: Tensor, window: tuple[int, int], kind: str) -> Tensor:
 
 @torch.no_grad()
 def accelerate(model: EoMT, fp8: bool = False, batch: int = 0) -> EoMT:
-    """For inference, in place. On CUDA the linear layers keep what autocast makes of their weights at every
-    call. fp8: those of the blocks are in float8, also on a CPU; each is off by about 4 %. batch > 0: compiled
-    with CUDA graphs for batches of this size, which `segment` then fills up."""
+    """For inference, in place; not to be moved, saved or trained then. Layers keep what every call would make
+    of their weights: autocast's bf16 on CUDA, oneDNN's layout on a CPU. fp8: the blocks' linear ones are in
+    float8, also on a CPU; each is off by about 4 %. batch > 0: compiled with CUDA graphs for batches of this
+    size, which `segment` then fills up."""
     for name, module in list(model.named_modules()):
         if isinstance(module, Attention) and module.bias_used is not None:
             module.qkv.bias.mul_(module.bias_used)
             module.bias_used = None
-        if not isinstance(module, nn.Linear) or name.startswith(("encoder.head.", "class_head.")):
+        layer = isinstance(module, nn.Linear | nn.ConvTranspose2d)
+        if not layer or name.startswith(("encoder.head.", "class_head.")):
             continue  # those heads compute in fp32 whatever autocast says
         if fp8 and "blocks." in name:
             from kernels.fp8_linear import Fp8Linear
             model.set_submodule(name, Fp8Linear(module))
         elif module.weight.is_cuda:
             module.to(torch.bfloat16)
+        elif not batch:
+            model.set_submodule(name, packed(module))
     if batch:
         model.meta["batch"] = batch
         model.compile(mode="reduce-overhead")

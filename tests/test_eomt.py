@@ -13,6 +13,7 @@ import torch
 
 import eomt
 from eomt import ENCODERS, EoMT, ViT, anneal, anneal_windows, load, load_encoder, save
+from kernels.fp8_linear import Fp8Linear
 
 ATOL = 1e-4  # on mask logits of size ~20; a relative tolerance would hide a wrong LayerNorm eps
 
@@ -519,8 +520,10 @@ def test_fallback_equals_kernels(monkeypatch):
     other = alone.EoMT(alone.ViT(32, 3, 2, 8, (4, 4)), 3, 6, 2).eval()
     other.load_state_dict(model.state_dict())
     pixels, prob, noise = images(2, 3, 32, 40), torch.tensor([0.7, 0.4]), torch.rand(2, 2, 6)
-    a, b = model(pixels, prob, noise)[-1], other(pixels, prob, noise)[-1]
-    torch.testing.assert_close(a.masks, b.masks, rtol=0, atol=1e-6)
+    for atol in (1e-6, 1e-5):
+        a, b = model(pixels, prob, noise)[-1], other(pixels, prob, noise)[-1]
+        torch.testing.assert_close(a.masks, b.masks, rtol=0, atol=atol)
+        model, other = eomt.accelerate(model), alone.accelerate(other)  # for the second time
 
 
 def test_anneal_reproduces_published_windows():
@@ -687,13 +690,13 @@ def test_segment_fills_batches_of_a_compiled_model():
     assert set(sizes) == {4}
 
 
-def test_accelerate_without_fp8_is_exact_on_cpu():
+def test_accelerate_without_fp8_rounds_only_on_cpu():
     """Also where DINOv3's unused key bias is folded in."""
     for encoder in ({}, dict(rope=100.0)):
         model, pixels = tiny(**encoder), images(2, 3, 32, 32)
         want = model(pixels)[-1]
         for a, b in zip(eomt.accelerate(model)(pixels)[-1], want, strict=True):
-            assert torch.equal(a, b)
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("encoder", [{}, dict(rope=100.0), dict(swiglu=True)])
@@ -701,9 +704,10 @@ def test_accelerate_fp8_is_near(encoder):
     """Every linear layer of the blocks, none outside, and logits off by a few percent."""
     model, pixels = tiny(**encoder), images(2, 3, 32, 32)
     want = model(pixels)[-1]
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     eomt.accelerate(model, fp8=True)
-    kept = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    assert kept == {"class_head", "mask_head.0", "mask_head.2", "mask_head.4"}
+    fast = {name for name, module in model.named_modules() if isinstance(module, Fp8Linear)}
+    assert linear - fast == {"class_head", "mask_head.0", "mask_head.2", "mask_head.4"}
     for a, b in zip(model(pixels)[-1], want, strict=True):
         assert 1e-3 < (a - b).norm() / b.norm() < 0.15
 
