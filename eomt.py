@@ -97,6 +97,7 @@ def constant(value) -> Tensor:
 class Attention(nn.Module):
     def __init__(self, width, heads, key_bias):
         super().__init__()
+        assert width % heads == 0, f"width {width} does not split into {heads} heads"
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
@@ -689,9 +690,8 @@ def _segment_semantic(model, window, mask_prob, batch, image, size):
     scaled = fit(size, window, "semantic")
     if max(size) > 8 * min(size):  # the class scores of a strip of 1x1500 at window height would need 200 GB
         axis = 0 if size[0] > size[1] else 1
-        halves = image.chunk(2, axis + 1)  # 2 x (3, H/2, W) or (3, H, W/2)
         return torch.cat([_segment_semantic(model, window, mask_prob, batch, half, half.shape[1:])
-                          for half in halves], axis)
+                          for half in image.chunk(2, axis + 1)], axis)  # (3, H/2, W) or (3, H, W/2) each
     image = resize(image, scaled)
     axis = 0 if scaled[0] / window[0] >= scaled[1] / window[1] else 1
     count = math.ceil(scaled[axis] / window[axis])
@@ -942,7 +942,7 @@ def _infer(state, raw, hints) -> dict:
     """Model configuration from tensor shapes and `_hints`."""
     width, patch = (state["encoder.patch_embed.weight"].shape[axis] for axis in (0, 3))
     hidden = state["encoder.blocks.0.mlp.fc2.weight"].shape[1]
-    depth = 1 + max(int(key.split(".")[2]) for key in state if key.startswith("encoder.blocks."))
+    depth = 1 + max(int(number) for number in re.findall(r"encoder\.blocks\.(\d+)\.", " ".join(state)))
     rope, eps, side = 100.0, 1e-5, hints.get("image_size", 640) // patch  # DINOv3
     if "encoder.pos_embed" in state:
         rope, eps, side = None, 1e-6, math.isqrt(state["encoder.pos_embed"].shape[1])
@@ -1112,7 +1112,7 @@ def load(path: str | Path, device="cpu", base: str | Path | None = None) -> EoMT
     config, state, meta = read(path, base)
     if "num_classes" not in config:
         raise ValueError(f"{path}: an encoder without heads; give it to train.py --encoder-weights")
-    with torch.device("meta"):  # random weights would take longer than the file's
+    with _blame(path, "describes no model"), torch.device("meta"):  # no random weights: slow
         model = build(config)
     fill(model, state, path, meta.pop("origin", None))
     if "open" in config:

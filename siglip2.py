@@ -78,9 +78,8 @@ class MapHead(nn.Module):
 
     def scores(self, x):
         """Tokens (B,N,C) -> attention logits of the probe (B,N,nh), up to a constant the softmax ignores."""
-        heads = (3, self.attn.heads, -1)
-        wq, wk, _ = self.attn.qkv.weight.unflatten(0, heads)  # each (nh, hd, C)
-        q = wq @ self.probe[0, 0] + self.attn.qkv.bias.unflatten(0, heads)[0]  # (nh, hd)
+        wq, wk, _ = self.attn.qkv.weight.unflatten(0, (3, self.attn.heads, -1))  # each (nh, hd, C)
+        q = wq @ self.probe[0, 0] + self.attn.qkv.bias.chunk(3)[0].unflatten(0, wq.shape[:2])  # (nh, hd)
         return x @ torch.einsum("hd,hdc->ch", q, wk) / math.sqrt(q.shape[-1])  # (B, N, nh)
 
     def values(self, x):
@@ -288,10 +287,12 @@ def _read(file, skip=()):
 
 def _files(path):
     """The safetensors files of a file or folder."""
-    index, names = path / "model.safetensors.index.json", ["model.safetensors"]
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    files = [path] if path.is_file() else [path / name for name in names]
+    index = path / "model.safetensors.index.json"
+    try:
+        shards = json.loads(index.read_text())["weight_map"] if index.is_file() else {"": "model.safetensors"}
+        files = [path] if path.is_file() else [path / name for name in sorted(set(shards.values()))]
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{index}: no list of weight files ({str(error)[:80]!r}); get it again") from None
     absent = [file.name for file in files if not file.is_file()]
     if absent:
         raise FileNotFoundError(f"{path}: no {', '.join(absent)}; give a SigLIP 2 file or whole folder")
@@ -384,8 +385,7 @@ def text_rows(weights: str | Path, tokenizer: str | Path, prompts: list[list[lis
 # ---- Regions and classes -----------------------------------------------------------------------------------
 def grid_logits(masks: Tensor, grid: tuple[int, int]) -> Tensor:
     """Exact masks bool (T,H,W) -> mask logits (T,h*w) of the share of every patch they cover."""
-    cover = F.adaptive_avg_pool2d(masks.float(), grid)  # (T, h, w)
-    return cover.flatten(1).logit(0.02)
+    return F.adaptive_avg_pool2d(masks.float(), grid).flatten(1).logit(0.02)  # (T, h*w)
 
 
 def map_pool(tower: VisionTower, patches: Tensor, mask_logits: Tensor, gamma=4.0, mode="map") -> Tensor:

@@ -214,6 +214,20 @@ def test_config_json_of_wrong_types(tmp_path, rope, key, values):
         assert str(path) in line_of(lambda: eomt.load(tmp_path / "hf"))
 
 
+@pytest.mark.parametrize("key,word", [("num_attention_heads", "9 heads"), ("num_blocks", "take 1 to 4")])
+def test_config_json_that_its_tensors_contradict(tmp_path, key, word):
+    eomt.save(tmp_path / "hf", tiny(), format="hf")
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: 9}))
+    text = line_of(lambda: eomt.load(tmp_path / "hf"))
+    assert text.startswith(f"{tmp_path / 'hf'}") and word in text, text
+
+
+def test_block_without_a_number(tmp_path):
+    torch.save(tiny().state_dict() | {"encoder.blocks.x.norm1.weight": torch.ones(64)}, tmp_path / "m.bin")
+    assert "unexpected encoder.blocks.x.norm1.weight" in line_of(lambda: eomt.load(tmp_path / "m.bin"))
+
+
 def test_encoder_without_registers_names_those_with(tmp_path):
     """The plain DINOv2 files lack the register tokens of EoMT's encoders; without any they do load."""
     state = {k.removeprefix("encoder."): v for k, v in tiny().state_dict().items() if k[:8] == "encoder."}

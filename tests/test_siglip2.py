@@ -266,6 +266,9 @@ def test_load_wrong_files(checkpoint):
     index = {"weight_map": {"x": "gone.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "no gone.safetensors" in fails(FileNotFoundError, folder, "vision")
+    for content in ("{", "[]", "null", '{"a": 1}', '{"weight_map": {"x": 3}}', '{"weight_map": ["x"]}', "\0"):
+        (folder / "model.safetensors.index.json").write_text(content)
+        assert f"{folder}/model.safetensors.index.json: no list" in fails(ValueError, folder, "vision")
     (folder / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
     assert "no safetensors file" in fails(ValueError, folder / "pointer.safetensors", "vision")
     assert "give heads=" in fails(ValueError, write(folder / "x.safetensors", tensors), "vision")
