@@ -18,6 +18,7 @@ import argparse
 import atexit
 import collections
 import contextlib
+import difflib
 import hashlib
 import io
 import itertools
@@ -535,7 +536,6 @@ def _parts(outline, hw):
     if not isinstance(outline, dict):
         return outline
     from metrics import rle_counts, rle_decode
-
     size, counts = outline.get("size"), outline["counts"]
     if size not in (None, hw, [*map(str, hw)]):
         raise ValueError(f"RLE of size {size}, its image has {hw}; fix this file, or get the matching pair")
@@ -742,7 +742,6 @@ class CocoInstance(_Coco):
 
     def _mask(self, s, height, width):
         from metrics import polygons_to_mask, rle_decode
-
         edges = self.table["number"][self.table["part"][s]:self.table["part"][s + 1] + 1]
         numbers, unit = self.table["numbers"], self.table["unit"]
         parts = [numbers[start:end] / unit for start, end in itertools.pairwise(edges)]
@@ -1247,7 +1246,9 @@ class Arguments(argparse.ArgumentParser):
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def error(self, message):
-        raise ValueError(f"{message}; --help lists the options")
+        word = message.removeprefix("unrecognized arguments: ").split("=")[0].split(" ")[0]
+        near = difflib.get_close_matches(word, self._option_string_actions, 1)
+        raise ValueError(f"{message}; {f'did you mean {near[0]}?' if near else '--help lists the options'}")
 
 
 def command(work, argv: Sequence[str]):
@@ -1388,9 +1389,8 @@ def draw_scene(rng: np.random.Generator, vocabulary: Vocabulary, allowed: Sequen
         image[mask] = np.array(COLOURS[colour]) * rng.uniform(0.8, 1.05)
         index[mask] = len(segments)
     image = np.clip(image + rng.normal(0, 8, image.shape), 0, 255).astype(np.uint8)
-    pixels = np.bincount(index.ravel(), minlength=len(segments) + 1)
-    sliver = pixels < np.array([0, 60, 60] + [30] * (len(segments) - 2))
-    return image, np.where(sliver[index], 0, index), segments
+    small = np.bincount(index.ravel(), minlength=len(segments) + 1) < [0, 60, 60] + [30] * (len(segments) - 2)
+    return image, np.where(small[index], 0, index), segments
 
 
 def _annotate(index, segments, vocabulary, image_id, rng):

@@ -15,7 +15,6 @@ import argparse
 import atexit
 import dataclasses
 import datetime
-import difflib
 import hashlib
 import json
 import math
@@ -266,9 +265,7 @@ def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
         name = unknown[0].split("=")[0]
         for word in {name, f"MODEL.{name}"} & SEED_WORDS.keys():
             raise ValueError(f"{unknown[0]}: this is {SEED_WORDS[word]} here; see --help")
-        near = difflib.get_close_matches(name, top._option_string_actions, 1)
-        advice = f"did you mean {near[0]}?" if near else "see --help"
-        raise ValueError(f"{unknown[0]}: unknown option; {advice}")
+        top.error(f"unrecognized arguments: {unknown[0]}")
     given = vars(flags)
     if given.get("resume") and given.get("overwrite"):
         raise ValueError("--resume continues the run in --out, --overwrite replaces it; give one of these")

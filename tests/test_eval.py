@@ -294,7 +294,7 @@ def said(monkeypatch, capsys, tiny):
 
 @pytest.mark.parametrize("words, line", [
     (["--size", "big"], "argument --size: invalid int value: 'big'; --help lists the options"),
-    (["--sise=64"], "unrecognized arguments: --sise=64; --help lists the options"),
+    (["--sise=64"], "unrecognized arguments: --sise=64; did you mean --size?"),
     (["--size", "-8"], "--size -8: no multiple of the patch size 8; give one")])
 @pytest.mark.parametrize("script", [evaluation, predict])
 def test_mistyped_words_are_one_line(said, tiny, script, words, line):

@@ -147,7 +147,7 @@ def test_parse_spellings():
         (["--encoder", "vit"], "--encoder vit: unknown"),
         (["--data.batch_size", "4"], "--batch-size"),
         (["--model.ckpt_path", "x"], "--init"),
-        (["stray"], "unknown option"),
+        (["stray"], "unrecognized arguments"),
     ],
 )
 def test_parse_mistakes_one_line(argv, words):
@@ -157,7 +157,7 @@ def test_parse_mistakes_one_line(argv, words):
 
 
 def test_parse_no_abbreviations():
-    with pytest.raises(ValueError, match="unknown option"):
+    with pytest.raises(ValueError, match="unrecognized arguments"):
         train.parse(["--batch", "3"])
 
 
