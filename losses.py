@@ -11,6 +11,7 @@ Out: a dict of scalar losses, equal to Mask2Former's on the same random points.
 """
 # SPDX-License-Identifier: MIT
 import math
+import mmap
 
 import torch
 import torch.nn.functional as F
@@ -99,13 +100,8 @@ def sample_segments(ids: Tensor, layer: Tensor, value: Tensor, points: Tensor) -
 
 
 @torch.no_grad()
-def uncertain_points(
-    logits: Tensor,
-    num_points: int,
-    oversample: float,
-    importance: float,
-    generator: torch.Generator | None = None,
-) -> Tensor:
+def uncertain_points(logits: Tensor, num_points: int, oversample: float, importance: float,
+                     generator: torch.Generator | None = None) -> Tensor:
     """Draw points for each mask: of `oversample` times too many those nearest to logit 0, and uniform ones.
 
     logits float (R,h,w) -> points float32 (R,num_points,2); the first int(importance * num_points) are
@@ -116,6 +112,8 @@ def uncertain_points(
         count = len(part)
         points = torch.rand(count, many, 2, generator=generator, device=part.device)  # (R', oversample*S, 2)
         doubt = sample_points(part, points).abs()  # (R', oversample*S)
+        # Their bits, taken for integers, have the same order; topk needs 2/3 of the time for these on CPU.
+        doubt = doubt.view(torch.int64 if doubt.dtype == torch.float64 else torch.int32)
         index = doubt.topk(keep, dim=1, largest=False, sorted=False).indices  # (R', keep)
         hard = points.gather(1, index[..., None].expand(-1, -1, 2))  # (R', keep, 2)
         easy = torch.rand(count, num_points - keep, 2, generator=generator, device=part.device)
@@ -132,9 +130,9 @@ def _pair_costs(logits: Tensor, truth: Tensor) -> Tensor:
 
     logits (R,S), truth (T,S) in [0, 1] -> (2,R,T). BCE(x, t) = softplus(x) - x t: one matrix product each.
     """
-    bce = (F.softplus(logits).sum(1)[:, None] - logits @ truth.T) / logits.shape[1]  # (R, T)
+    bce = (F.softplus(logits).sum(1)[:, None] - (truth @ logits.T).T) / logits.shape[1]  # (R, T)
     prob = logits.sigmoid()  # (R, S)
-    dice = 1 - (2 * (prob @ truth.T) + 1) / (prob.sum(1)[:, None] + truth.sum(1) + 1)  # (R, T)
+    dice = 1 - (2 * (truth @ prob.T).T + 1) / (prob.sum(1)[:, None] + truth.sum(1) + 1)  # (R, T)
     return torch.stack([bce, dice])
 
 
@@ -179,15 +177,8 @@ def _assign(costs: Tensor, targets: list, shape: tuple[int, int, int], names: li
 
 
 @torch.no_grad()
-def match(
-    predictions: list,
-    targets: list,
-    points: list[Tensor],
-    mask_weight: float = 5.0,
-    dice_weight: float = 5.0,
-    class_weight: float = 2.0,
-    names: list[str] | None = None,
-) -> Tensor:
+def match(predictions: list, targets: list, points: list[Tensor], mask_weight: float = 5.0,
+          dice_weight: float = 5.0, class_weight: float = 2.0, names: list[str] | None = None) -> Tensor:
     """Match queries and segments one to one at the smallest total cost, for all layers and images at once.
 
     predictions: L records with masks (B,Q,h,w) and classes (B,Q,K+1) logits; points: for each image float
@@ -262,6 +253,35 @@ def _check(predictions: list, targets: list, num_classes: int, names: list[str] 
             )
 
 
+def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Zeros as `like` is; many of them on a CPU are memory that the system clears when it is touched."""
+    size = math.prod(shape) * like.element_size()
+    if like.device.type == "cpu" and size > 1 << 25:  # malloc would map these afresh too, and touch all
+        return torch.frombuffer(mmap.mmap(-1, size), dtype=like.dtype).view(shape)
+    return like.new_zeros(shape)
+
+
+class _Matched(torch.autograd.Function):
+    """Masks of L layers, (B,Q,h,w) each, at image, query int64 (L,N) -> (L,N,h,w).
+
+    Each pair is there once: backward writes where torch's own sorts and adds up. Most masks are in no pair.
+    """
+
+    @staticmethod
+    def forward(ctx, image, query, *masks):
+        ctx.save_for_backward(image, query)
+        ctx.shape = masks[0].shape
+        return torch.stack([mask[image[k], query[k]] for k, mask in enumerate(masks)])
+
+    @staticmethod
+    def backward(ctx, grad):
+        image, query = ctx.saved_tensors
+        grads = [_zeros(ctx.shape, grad) for _ in grad]  # L x (B, Q, h, w)
+        for k, rows in enumerate(grad):
+            grads[k][image[k], query[k]] = rows
+        return None, None, *grads
+
+
 class SetLoss(nn.Module):
     """Mask2Former's loss over all supervised predictions of EoMT, handled together.
 
@@ -331,16 +351,15 @@ class SetLoss(nn.Module):
         }
         return {"loss": sum(terms.values()), **{name: term.detach() for name, term in terms.items()}}
 
-    def _masks(
-        self, predictions: list, targets: list, pairs: Tensor, sizes: list[int], generators: list
-    ) -> tuple[Tensor, Tensor]:
+    def _masks(self, predictions: list, targets: list, pairs: Tensor, sizes: list[int],
+               generators: list) -> tuple[Tensor, Tensor]:
         """Sums of binary cross-entropy (mean over points) and dice over all pairs of all layers.
 
         sizes: number of pairs of each image in a layer.
         """
         image, query, segment = pairs  # (L, N) each
-        chosen = [p.masks[image[k], query[k]] for k, p in enumerate(predictions)]  # L x (N, h, w)
-        logits = _wide(torch.stack(chosen))  # (L, N, h, w); only matched masks are copied and lifted to fp32
+        # (L, N, h, w); only matched masks are copied and lifted to fp32
+        logits = _wide(_Matched.apply(image, query, *(p.masks for p in predictions)))
         parts = logits.detach().split(sizes, 1), segment.split(sizes, 1)
         where, truth = [], []
         for target, g, part, index in zip(targets, generators, *parts, strict=True):
@@ -379,9 +398,8 @@ def feature_distill(student: Tensor, teacher: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(_wide(student), _wide(teacher.detach()), dim=-1).mean()
 
 
-def sigmoid_contrastive(
-    image_rows: Tensor, text_rows: Tensor, positive: Tensor, scale: Tensor | float, bias: Tensor | float
-) -> Tensor:
+def sigmoid_contrastive(image_rows: Tensor, text_rows: Tensor, positive: Tensor, scale: Tensor | float,
+                        bias: Tensor | float) -> Tensor:
     """SigLIP's loss: a yes-or-no question for every image and text, summed over texts, mean over images.
 
     image_rows (R,C) and text_rows (T,C), made unit here; positive bool (R,T): every pair that is true, so
@@ -394,16 +412,8 @@ def sigmoid_contrastive(
         return F.softplus(torch.where(positive, -logits, logits)).sum() / max(1, len(logits))
 
 
-def itc_distill(
-    student: Tensor,
-    teacher: Tensor,
-    text: Tensor,
-    labels: Tensor,
-    text_labels: Tensor,
-    scale: Tensor | float,
-    bias: Tensor | float,
-    temperature: float = 0.07,
-) -> Tensor:
+def itc_distill(student: Tensor, teacher: Tensor, text: Tensor, labels: Tensor, text_labels: Tensor,
+                scale: Tensor | float, bias: Tensor | float, temperature: float = 0.07) -> Tensor:
     """Keep regions where the teacher has them among the texts, and near every text of their own class.
 
     student, teacher (R,C): embeddings of the same ground-truth regions, made unit here, no gradient for the

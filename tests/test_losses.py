@@ -551,6 +551,24 @@ def test_set_loss_launches_and_memory(monkeypatch):
     assert watch.largest < 30 * 256 * 256 / 4, watch.largest
 
 
+@pytest.mark.parametrize("side", [4, 512])  # 512: gradients of more than 32 MB
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_matched_masks_and_their_gradient(side, dtype):
+    """As torch's own indexing gives them; what is in no pair has exact zeros, and memory of its own."""
+    image, query = torch.tensor([[0, 0, 1], [1, 0, 1]]), torch.tensor([[3, 0, 2], [5, 1, 0]])
+    layers = [torch.randn(2, 20, side, side, dtype=dtype, requires_grad=True) for _ in range(2)]
+    weight = torch.randn(2, 3, side, side, dtype=dtype)
+    want = torch.stack([masks[image[k], query[k]] for k, masks in enumerate(layers)])
+    got = losses._Matched.apply(image, query, *layers)
+    assert torch.equal(got, want)
+    wanted = torch.autograd.grad((want * weight).sum(), layers)
+    for _ in range(2):
+        found = torch.autograd.grad((got * weight).sum(), layers, retain_graph=True)
+        assert all(torch.equal(a, b) and a.dtype == dtype for a, b in zip(found, wanted, strict=True))
+        for gradient in found:
+            gradient.fill_(1)
+
+
 @pytest.mark.slow
 def test_set_loss_speed_mask2former():
     """5 layers, batch 4, 200 queries, 20 segments, all points: at most half the oracle's time on CPU."""
