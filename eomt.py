@@ -90,7 +90,7 @@ ENCODERS = {
 
 
 def constant(value) -> Tensor:
-    """A tensor that no checkpoint holds: real also where the rest is built on "meta", without memory."""
+    """A tensor that is always real, also where the rest of a model is built on "meta", without memory."""
     return torch.tensor(value, device="cpu" if torch.get_default_device().type == "meta" else None)
 
 
@@ -618,11 +618,11 @@ def fitted(image: Tensor, window: tuple[int, int], kind: str) -> Tensor:
 
 @torch.no_grad()
 def accelerate(model: EoMT, fp8: bool = False, batch: int = 0) -> EoMT:
-    """For inference, in place; not to be moved, saved or trained then. Layers keep what every call would make
-    of their weights: autocast's bf16 on CUDA, oneDNN's layout on a CPU. fp8: the blocks' linear ones are in
-    float8, also on a CPU; each is off by about 4 %. batch > 0: compiled with CUDA graphs for batches of this
-    size, which `segment` then fills up."""
-    for name, module in list(model.named_modules()):
+    """For inference, in place; never to be moved, saved or trained then. Layers keep what each call would
+    make of their weights: autocast's bf16 on CUDA, oneDNN's layout on a CPU. fp8: the blocks' linear ones are
+    in float8, also on a CPU; each is off by about 4 %. batch > 0: compiled with CUDA graphs for batches of
+    this size, which `segment` then fills up."""
+    for name, module in list(model.requires_grad_(False).named_modules()):
         if isinstance(module, Attention) and module.bias_used is not None:
             module.qkv.bias.mul_(module.bias_used)
             module.bias_used = None

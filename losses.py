@@ -254,24 +254,28 @@ def _check(predictions: list, targets: list, num_classes: int, names: list[str] 
 
 
 def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Zeros as `like` is; many of them on a CPU are memory that the system clears when it is touched."""
+    """Zeros as `like` is. From 32 MB on a CPU they are private memory, of which the system gives a page when
+    it is written to; reading finds one page of zeros everywhere."""
     size = math.prod(shape) * like.element_size()
-    if like.device.type == "cpu" and size > 1 << 25:  # malloc would map these afresh too, and touch all
-        return torch.frombuffer(mmap.mmap(-1, size), dtype=like.dtype).view(shape)
+    if like.device.type == "cpu" and size > 1 << 25:  # malloc maps these afresh too, but new_zeros writes
+        return torch.frombuffer(mmap.mmap(-1, size, access=mmap.ACCESS_COPY), dtype=like.dtype).view(shape)
     return like.new_zeros(shape)
 
 
 class _Matched(torch.autograd.Function):
     """Masks of L layers, (B,Q,h,w) each, at image, query int64 (L,N) -> (L,N,h,w).
 
-    Each pair is there once: backward writes where torch's own sorts and adds up. Most masks are in no pair.
+    No pair may be there twice: backward writes where torch's own sorts and adds up. Most masks are in none.
     """
 
     @staticmethod
-    def forward(ctx, image, query, *masks):
-        ctx.save_for_backward(image, query)
-        ctx.shape = masks[0].shape
+    def forward(image, query, *masks):
         return torch.stack([mask[image[k], query[k]] for k, mask in enumerate(masks)])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2])
+        ctx.shape = inputs[2].shape
 
     @staticmethod
     def backward(ctx, grad):

@@ -79,7 +79,7 @@ class MapHead(nn.Module):
     def scores(self, x):
         """Tokens (B,N,C) -> attention logits of the probe (B,N,nh), up to a constant the softmax ignores."""
         wq, wk, _ = self.attn.qkv.weight.unflatten(0, (3, self.attn.heads, -1))  # each (nh, hd, C)
-        q = wq @ self.probe[0, 0] + self.attn.qkv.bias.chunk(3)[0].unflatten(0, wq.shape[:2])  # (nh, hd)
+        q = wq @ self.probe[0, 0] + self.attn.qkv.bias.unflatten(0, (3, *wq.shape[:2]))[0]  # (nh, hd)
         return x @ torch.einsum("hd,hdc->ch", q, wk) / math.sqrt(q.shape[-1])  # (B, N, nh)
 
     def values(self, x):

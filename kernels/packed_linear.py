@@ -6,7 +6,7 @@ A linear layer becomes oneDNN's product. It adds up in another order, so the las
 ops are those torch.compile takes for a frozen model; on one core of x86 they need a fifth to a quarter less
 time than F.linear, which asks MKL. A transposed convolution takes its channels last, with the same bits.
 
-In: x fp32 (..., C) on a CPU. Out: fp32 (..., O). No gradient.
+In: x float (..., C) on a CPU. Out: fp32 (..., O). No gradient.
 
     model.mask_head[0] = packed(model.mask_head[0])
 """
@@ -18,22 +18,32 @@ from torch import Tensor, nn
 
 
 class PackedLinear(nn.Module):
-    """A trained fp32 nn.Linear. Its weight is in a layout that cannot be moved, copied or saved."""
+    """A trained fp32 nn.Linear, its weight in a layout of this CPU's. RuntimeError where it needs another."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
         self.bias = None if linear.bias is None else linear.bias.detach()
 
+    @torch.compiler.disable  # which lays out weights itself, and takes no others
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        if x.requires_grad and torch.is_grad_enabled():
+            self._refuse()
+        return torch.ops.mkldnn._linear_pointwise(x.float(), self.weight, self.bias, "none", [], "")
+
+    def _refuse(self, *_, **__):
+        raise RuntimeError("kernels/packed_linear.py!weight: for inference on this CPU only; load the model "
+                           "again to move, copy, save or train it")
+
+    _apply = _save_to_state_dict = __deepcopy__ = _refuse  # what .to(), .state_dict() and copies call
 
 
 def packed(layer: nn.Module) -> nn.Module:
-    """What to put in place of a layer; itself where that is no gain: not fp32, no oneDNN, not on x86."""
+    """What a CPU should have for a trained layer: a PackedLinear, or the layer, if a transposed convolution
+    with its weight laid out anew, as it is where there is no gain (not fp32, no oneDNN, not x86)."""
     if isinstance(layer, nn.ConvTranspose2d):
         return layer.to(memory_format=torch.channels_last)
-    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    there = there and platform.machine().lower() in ("x86_64", "amd64")
-    good = isinstance(layer, nn.Linear) and layer.weight.device.type == "cpu"
-    return PackedLinear(layer) if there and good and layer.weight.dtype == torch.float32 else layer
+    known = isinstance(layer, nn.Linear) and layer.weight.dtype == torch.float32
+    onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return PackedLinear(layer) if known and layer.weight.device.type == "cpu" and onednn and x86 else layer

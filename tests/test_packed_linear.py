@@ -1,6 +1,8 @@
 """Packed linears: oneDNN's product against float64, and that a model that inference makes ready uses it."""
 
 # SPDX-License-Identifier: MIT
+import copy
+
 import pytest
 import torch
 
@@ -24,13 +26,13 @@ here = pytest.mark.skipif(not isinstance(packed(layer(1, 1)), PackedLinear), rea
 def test_packed_linear_equals_float64(width, out, bias):
     """Any number of rows, none too, and rows that do not lie one after another."""
     linear = layer(width, out, bias)
-    packed = PackedLinear(linear)
+    fast = PackedLinear(linear)
     exact = torch.nn.Linear(width, out, bias).double()
     exact.load_state_dict(linear.state_dict())
     many = torch.randn(2, 9, 3, width)
     for x in (many[0, 0, 0], many[0, 0], many, many[:, :0], many[:, 2:6], many.transpose(0, 2)):
         with torch.inference_mode():
-            torch.testing.assert_close(packed(x).double(), exact(x.double()), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(fast(x).double(), exact(x.double()), rtol=1e-5, atol=1e-5)
 
 
 @here
@@ -44,6 +46,28 @@ def test_accelerate_packs_on_a_cpu():
         kinds = [type(module) for module in model.modules()]
         left, made = (before, 0) if batch else (0, before)
         assert (kinds.count(torch.nn.Linear), kinds.count(PackedLinear)) == (left, made)
+
+
+@here
+@pytest.mark.parametrize("change", [
+    copy.deepcopy, lambda m: m.to("meta"), lambda m: m.double(), lambda m: m.state_dict(),
+    lambda m: m(torch.zeros(1, 3, 32, 32, requires_grad=True))])
+def test_accelerated_model_refuses_what_it_cannot_do(change):
+    """A model whose weights stay behind, or whose gradient lacks them, would be found out too late."""
+    with pytest.raises(RuntimeError, match="for inference on this CPU only; load the model again"):
+        change(eomt.accelerate(tiny()))
+
+
+@here
+def test_accelerated_model_under_autocast_and_compiled():
+    model, pixels = tiny(), images(2, 3, 32, 32)
+    want = model(pixels)[-1].classes
+    assert not eomt.accelerate(model.requires_grad_(True))(pixels)[-1].classes.requires_grad
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(pixels)[-1].classes.float(), want, rtol=0.1, atol=0.1)
+    with torch.no_grad():
+        found = torch.compile(model, backend="eager")(pixels)[-1].classes
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
 
 
 def test_accelerate_where_nothing_packs(monkeypatch):
