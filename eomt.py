@@ -550,8 +550,8 @@ def panoptic(masks: Tensor, classes: Tensor, window, content, size, thing, score
     scores, labels = scores[keep], labels[keep]
     if len(keep) == 0:
         return Panoptic(torch.zeros(size, dtype=torch.int32, device=masks.device), labels, scores)
-    owner, counts = panoptic_merge(masks[keep], scores, window, content, size, mask_threshold)
-    own, assigned, final = counts  # 3 x (k,)
+    owner, areas = panoptic_merge(masks[keep], scores, window, content, size, mask_threshold)
+    own, assigned, final = areas  # 3 x (k,)
     good = (final > 0) & (assigned / own.clamp(min=1) >= overlap_threshold)  # (k,)
     kept, number, segments = [], [], {}  # first query of each segment; each query's segment, from 1, 0 = none
     for k, (fine, label) in enumerate(torch.stack([good, labels], 1).tolist()):  # the host's last wait
@@ -709,8 +709,8 @@ def _segment_semantic(model, window, mask_prob, batch, image, size):
     label = torch.zeros(size, dtype=torch.int64, device=total.device)  # (H, W)
     step = max(1, (1 << 26) // (size[0] * size[1]))  # 256 MB of fp32
     for first in range(0, len(total), step):  # 150 classes of a 100 MP photo do not fit: running maximum
-        part = F.interpolate(total[None, first:first + step], size, mode="bilinear")[0]  # (K', H, W)
-        value, index = part.max(0)  # (H, W) x 2
+        scores = F.interpolate(total[None, first:first + step], size, mode="bilinear")[0]  # (K', H, W)
+        value, index = scores.max(0)  # (H, W) x 2
         better = value > best
         best, label = torch.where(better, value, best), torch.where(better, index + first, label)
     return label

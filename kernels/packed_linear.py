@@ -39,11 +39,10 @@ class PackedLinear(nn.Module):
 
 
 def packed(layer: nn.Module) -> nn.Module:
-    """What a CPU should have for a trained layer: a PackedLinear, or the layer, if a transposed convolution
-    with its weight laid out anew, as it is where there is no gain (not fp32, no oneDNN, not x86)."""
+    """What to put in place of a trained layer on a CPU: a PackedLinear for an fp32 nn.Linear where oneDNN is
+    there and the faster one (x86), else the layer itself; a transposed convolution gets its layout."""
     if isinstance(layer, nn.ConvTranspose2d):
         return layer.to(memory_format=torch.channels_last)
-    known = isinstance(layer, nn.Linear) and layer.weight.dtype == torch.float32
+    fp32 = isinstance(layer, nn.Linear) and layer.weight.type() == "torch.FloatTensor"  # and on a CPU
     onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return PackedLinear(layer) if known and layer.weight.device.type == "cpu" and onednn and x86 else layer
+    return PackedLinear(layer) if fp32 and onednn and platform.machine() in ("x86_64", "AMD64") else layer

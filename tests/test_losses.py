@@ -4,6 +4,7 @@ import math
 import re
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -567,6 +568,21 @@ def test_matched_masks_and_their_gradient(side, dtype):
         assert all(torch.equal(a, b) and a.dtype == dtype for a, b in zip(found, wanted, strict=True))
         for gradient in found:
             gradient.fill_(1)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_large_zeros_are_private_memory():
+    """Shared memory would be given out for reading too, and a fork would write into its parent's."""
+    zeros = losses._zeros((9, 1 << 20), torch.zeros(1))
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, rights = line.split()[:2]
+        start, stop = (int(end, 16) for end in span.split("-"))
+        if start <= zeros.data_ptr() < stop:
+            assert rights == "rw-p"
+            break
+    else:
+        pytest.fail("not in the list of maps")
+    assert not zeros.any()
 
 
 @pytest.mark.slow
