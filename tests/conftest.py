@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy
@@ -23,39 +22,19 @@ def seeded():
     torch.manual_seed(0)
 
 
-INTERPRETERS, INTERPRETED = ThreadPoolExecutor(1, "interpreter"), {}  # file -> what `interpret` will give
-
-
-def interpret(file):
-    """The tests of `file` in a process of their own under Triton's interpreter."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    # the second of the warnings is torch's on Python 3.13.0
-    options = ["-W", "error::RuntimeWarning", "-W", "ignore:Guards may run slower", "-m", "pytest"]
-    command = [sys.executable, *options, "-p", "no:cacheprovider", "-o", "addopts=",
-               "-m", "not gpu and not slow", str(Path(file).relative_to(ROOT))]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-
-
-def pytest_collection_finish(session):
-    """The interpreter takes two minutes: it begins at once, file by file, beside the other tests."""
-    if "TRITON_INTERPRET" not in os.environ and not session.config.option.collectonly:
-        for item in session.items:
-            if item.name == "test_interpreter_all_cases":
-                INTERPRETED[str(item.path)] = INTERPRETERS.submit(interpret, item.path)
-
-
-def pytest_sessionfinish():
-    INTERPRETERS.shutdown(wait=False, cancel_futures=True)
-
-
 def run_interpreted(file, least):
-    """Waits for the tests of `file` under the interpreter; `least` of them must pass."""
+    """The tests of `file` in a process of their own under Triton's interpreter; `least` of them must pass."""
     version = importlib.metadata.version("triton")
     if version < "3.7" and numpy.__version__ >= "2.4":
         pytest.skip("the interpreter of Triton 3.6 needs numpy below 2.4")
     if version >= "3.8":
         pytest.skip(f"the interpreter of Triton {version} takes no mask that is a scalar and a block")
-    done = INTERPRETED[file].result()
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    # the second of the warnings is torch's on Python 3.13.0
+    options = ["-W", "error::RuntimeWarning", "-W", "ignore:Guards may run slower", "-m", "pytest"]
+    command = [sys.executable, *options, "-p", "no:cacheprovider", "-o", "addopts=",
+               "-m", "not gpu and not slow", str(Path(file).relative_to(ROOT))]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     passed = int(re.search(r"(\d+) passed", done.stdout)[1])
     assert passed >= least, done.stdout[-1000:]  # a run that selects nothing must not pass
