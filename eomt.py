@@ -628,7 +628,7 @@ def accelerate(model: EoMT, fp8: bool = False, batch: int = 0) -> EoMT:
             module.bias_used = None
         layer = isinstance(module, nn.Linear | nn.ConvTranspose2d)
         if not layer or name.startswith(("encoder.head.", "class_head.")):
-            continue  # those heads compute in fp32 whatever autocast says
+            continue  # these heads are called without autocast too
         if fp8 and "blocks." in name:
             from kernels.fp8_linear import Fp8Linear
             model.set_submodule(name, Fp8Linear(module))
@@ -1083,8 +1083,8 @@ def fill(model: nn.Module, state: dict[str, Tensor], path, origin=None, skip: tu
     state = {key: value for key, value in state.items() if not key.startswith(skip)}
     own = {key: value for key, value in model.state_dict().items() if not key.startswith(skip)}
     _compare(own, state, path, origin or {})
-    if assign := next(model.parameters()).is_meta:  # copies, for a file that is read is mapped into memory
-        state = {key: value.to(own[key].dtype, copy=True) for key, value in state.items()}
+    if assign := next(model.parameters()).is_meta:  # copies: a file is mapped, a pickle keeps odd strides
+        state = {key: value.to(own[key].dtype, copy=True).contiguous() for key, value in state.items()}
     model.load_state_dict(state, strict=False, assign=assign)
 
 

@@ -104,14 +104,13 @@ def uncertain_points(logits: Tensor, num_points: int, oversample: float, importa
                      generator: torch.Generator | None = None) -> Tensor:
     """Draw points for each mask: of `oversample` times too many those nearest to logit 0, and uniform ones.
 
-    logits float (R,h,w) -> points float32 (R,num_points,2); the first int(importance * num_points) are
-    uncertain.
+    logits (R,h,w) -> points float32 (R,num_points,2), the first int(importance * num_points) uncertain.
     """
     keep, many, parts = int(importance * num_points), int(oversample * num_points), []
     for part in logits.split(max(1, _chunk(logits.device) // many)):
         count = len(part)
         points = torch.rand(count, many, 2, generator=generator, device=part.device)  # (R', oversample*S, 2)
-        doubt = sample_points(part, points).abs()  # (R', oversample*S)
+        doubt = _wide(sample_points(part, points)).abs()  # (R', oversample*S)
         # Their bits, taken for integers, have the same order; topk needs 2/3 of the time for these on CPU.
         doubt = doubt.view(torch.int64 if doubt.dtype == torch.float64 else torch.int32)
         index = doubt.topk(keep, dim=1, largest=False, sorted=False).indices  # (R', keep)

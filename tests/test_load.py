@@ -97,6 +97,17 @@ def test_load_takes_the_tensors_of_the_file(tmp_path, made):
     assert {p.requires_grad for p in loaded.upscale.parameters()} == {True}
 
 
+def test_load_leaves_odd_strides_behind(tmp_path):
+    """A pickle keeps the strides of transposed weights, which a float8 product on CUDA refuses."""
+    model = tiny()
+    model.meta = {"size": 64}
+    odd = {key: value.mT.contiguous().mT if value.ndim > 1 else value
+           for key, value in model.state_dict().items()}
+    assert not odd["mask_head.0.weight"].is_contiguous()
+    torch.save(odd, tmp_path / "w.bin")
+    assert all(value.is_contiguous() for value in eomt.load(tmp_path / "w.bin").state_dict().values())
+
+
 def test_our_own_file_says_nothing(tmp_path, capsys):
     for model in (tiny(), open_model()):
         eomt.save(tmp_path / "m.safetensors", model, size=64)

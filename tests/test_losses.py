@@ -171,6 +171,18 @@ def test_uncertain_points_are_the_nearest_to_zero():
     assert all(tuple(p) in flat for p in ours[:, :30].flatten(0, 1).tolist())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_uncertain_points_of_half_logits(dtype):
+    """An odd number of candidates, whose rounded values alone tell which are near zero."""
+    logits = torch.randn(5, 8, 8).to(dtype)
+    torch.manual_seed(3)
+    ours = uncertain_points(logits, 41, 3.0, 0.75)
+    torch.manual_seed(3)
+    doubt = read(logits.float(), torch.rand(5, 123, 2)).abs()
+    kept = read(logits.float(), ours[:, :30]).abs().sort(1).values
+    torch.testing.assert_close(kept, doubt.sort(1).values[:, :30], rtol=0, atol=2e-2)
+
+
 def test_uncertain_points_in_chunks(monkeypatch):
     monkeypatch.setattr(losses, "_chunk", lambda device: 250)  # two masks of 120 candidates at a time
     logits = torch.randn(5, 8, 8)
