@@ -327,8 +327,9 @@ def make_model(cfg: Config, vocabulary) -> eomt.EoMT:
     """The model of the settings with random weights, seeded."""
     torch.manual_seed(cfg.seed)
     row = {"patch": 16} | eomt.ENCODERS[cfg.encoder]
-    encoder = eomt.ViT(**row, grid=(cfg.size // row["patch"],) * 2)
-    return eomt.EoMT(encoder, len(vocabulary.names), cfg.num_queries, cfg.num_blocks or None)
+    with torch.device("meta" if cfg.dry_run else "cpu"):  # counting parameters needs no memory
+        encoder = eomt.ViT(**row, grid=(cfg.size // row["patch"],) * 2)
+        return eomt.EoMT(encoder, len(vocabulary.names), cfg.num_queries, cfg.num_blocks or None)
 
 
 def seen_classes(vocabulary, name: str) -> tuple[int, ...]:
@@ -372,7 +373,7 @@ def make_tower(cfg: Config) -> siglip2.VisionTower:
     """The tower of --encoder with its pretrained weights, or random ones."""
     sizes, grid, patch, _ = TOWERS[cfg.encoder]
     if cfg.dry_run or cfg.encoder_weights == "random":
-        with torch.device("meta" if cfg.dry_run else "cpu"):  # counting parameters needs no memory
+        with torch.device("meta" if cfg.dry_run else "cpu"):
             return siglip2.VisionTower(*sizes, patch, grid, reach=int(sizes == siglip2.TOY))
     tower = siglip2.load(siglip2.fetch(cfg.encoder_weights), "vision")
     if (tower.config["width"], tower.config["depth"]) != (sizes[0], sizes[2]):
@@ -1190,10 +1191,9 @@ def run(cfg: Config, origin: dict) -> int:
         describe(cfg, origin, model, images, world)
     if cfg.dry_run:
         return 0
-    out = Path(cfg.out)
     model.meta |= dict(task=cfg.task, kind=task.kind, size=cfg.size, data=cfg.data,
                        **{key: list(getattr(task.vocabulary, key)) for key in ("names", "ids", "thing")})
-    trainer = Trainer(cfg, model.to(device), device, rank, world, Log(out, rank), sets)
+    trainer = Trainer(cfg, model.to(device), device, rank, world, Log(out := Path(cfg.out), rank), sets)
     first, began = start(trainer), time.time()
     trainer.wrap()
     trainer.log.start_wandb(cfg, model, dict(train_images=images, val_images=len(sets["val"]),

@@ -374,6 +374,8 @@ def test_dry_run_needs_no_data():
     assert done.returncode == 0, done.stderr
     assert "steps 88704" in done.stdout or "steps 88692" in done.stdout
     assert re.search(r"parameters: [\d,]+ trained, 0 frozen", done.stdout)
+    cfg, _ = train.parse(["--encoder", "dinov2_giant", "--dry-run"])  # 20 s and 5 GB if it were made
+    assert all(p.is_meta for p in train.make_model(cfg, vocab.SHAPES).parameters())
 
 
 def test_init_from_other_classes(short_run, shapes, tmp_path):
