@@ -69,10 +69,10 @@ def compare(run, case, calls, work=0.0, unit="image/s", floor=None, error=None):
     with contextlib.redirect_stdout(io.StringIO()):  # some rivals talk
         for name, call in calls.items():
             if callable(call):
-                result = call(0)  # compiles, allocates, fills caches
-                first = result if first is None else first
-                errors[name] = error(result, first) if error else None
-                del result  # CUDA graphs reuse its memory
+                for i in (1, 2):  # compiles, fills caches; the second call records a CUDA graph
+                    call(i)
+                first = call(0) if first is None else first
+                errors[name] = error(call(0), first) if error else None
                 seconds, samples[name] = clock(run, call, 1)[0], []
                 repeat[name] = min(100, max(1, int(0.02 / seconds)))
                 total += repeat[name] * seconds
@@ -253,6 +253,7 @@ def model_flops(model, size, predictions=1) -> float:
 
 def build(run, size):
     """Our model; theirs with the same weights, or None; what to say of a rival that does not run."""
+    torch.compiler.reset()  # or another size is compiled for any size, which no script does
     row = {"patch": 16, **eomt.ENCODERS[run.encoder]}
     if size % row["patch"]:
         raise ValueError(f"--size {size}: no multiple of the patch size; take a multiple of {row['patch']}")
@@ -270,8 +271,7 @@ def build(run, size):
 def bench_network(run, size, batch):
     """The network alone, as `segment` runs it; the reference is ours in float64."""
     model, theirs, missing = build(run, size)
-    make = partial(torch.randint, 256, (batch, 3, size, size), dtype=torch.uint8, device=run.device)
-    images = [make() for _ in range(3)]  # 3 x (B, 3, S, S)
+    images = torch.randint(256, (3, batch, 3, size, size), dtype=torch.uint8, device=run.device)
     want = copy.deepcopy(model).eval().double()(images[0][:1])[-1]
     model, dtype = model.eval(), torch.bfloat16 if run.cuda else torch.float32
     pixels = [((x / 255 - model.mean) / model.std).to(dtype) for x in images]  # 3 x (B, 3, S, S)
@@ -358,8 +358,7 @@ def bench_step(run, size, batch):
     criterion, now = SetLoss(133), SimpleNamespace()
     cast = partial(torch.autocast, run.device.type, torch.bfloat16, enabled=run.cuda)
     batches = data.loader(open_photos(run, size), batch, 10**6)
-    if run.cuda:
-        model.compile()
+    model.compile(disable=not run.cuda)
 
     def load(i):
         part = next(batches)
@@ -380,7 +379,8 @@ def bench_step(run, size, batch):
     parts = dict(data=load, forward=forward, loss=loss)
     parts |= dict(backward=lambda i: now.loss.backward(), optimiser=optimise)
     laps = [[clock(run, part, 0) for part in parts.values()] for _ in range(4 if run.quick else 8)][2:]
-    whole = [(sum(s for s, _ in lap), max(p for _, p in lap) if run.cuda else None) for lap in laps]
+    peak = clock(run, lambda i: [part(i) for part in parts.values()], 0)[1]  # a part's is above what is there
+    whole = [(sum(seconds for seconds, _ in lap), peak) for lap in laps]
     case = f"training step, {run.encoder} {size}, batch {batch}, data loaded in this process"
     floor = 3 * batch * model_flops(model, size, model.num_blocks + 1) / PEAK  # backward = 2 x forward
     print(f"\n**{case}**\n\n{TABLE}")
@@ -402,8 +402,8 @@ def bench_step(run, size, batch):
             total.backward()
 
         calls["transformers Eomt"] = rival
-    if theirs and run.cuda:
-        calls["transformers Eomt, compiled"] = partial(rival, network=torch.compile(theirs))
+        if run.cuda:
+            calls["transformers Eomt, compiled"] = partial(rival, network=torch.compile(theirs))
     compare(run, f"forward + loss + backward, {run.encoder} {size}, batch {batch}", calls, batch, floor=floor)
 
 
