@@ -28,7 +28,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, features
 
 import data
 import eomt
@@ -609,11 +609,11 @@ def measure(argv):
     torch.set_num_threads(run.threads)
     os.environ.setdefault("RAYON_NUM_THREADS", str(run.threads))  # hotcoco's
     versions = {package.name: package.version for package in importlib.metadata.distributions()}
-    rivals = ("transformers", "panopticapi", "pycocotools", "hotcoco")
+    rivals, zlib = ("transformers", "panopticapi", "pycocotools", "hotcoco"), features.version("zlib")
     about = dict(command=f"python bench.py {' '.join(argv)}",
                  gpu=torch.cuda.get_device_name() if run.cuda else "none", torch=torch.__version__,
                  triton=getattr(optional("triton"), "__version__", "not installed"),
-                 cpu=f"{torch.backends.cpu.get_cpu_capability()}, {run.threads} thread(s)",
+                 cpu=f"{torch.backends.cpu.get_cpu_capability()}, {run.threads} thread(s), zlib {zlib}",
                  rivals=", ".join(f"{name} {versions.get(name, 'not installed')}" for name in rivals))
     print("\n".join(f"{key}: {value}" for key, value in about.items()), flush=True)
     torch.manual_seed(0)

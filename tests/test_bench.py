@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import features
 
 import bench
 import eomt
@@ -33,6 +34,7 @@ def check_tables(text, result):
     lines = text.splitlines()
     assert lines[0].startswith("command: python bench.py ") and lines[1].startswith("gpu: ")
     assert lines[2] == f"torch: {torch.__version__}" and lines[3].startswith("triton: ")
+    assert lines[4].startswith("cpu: ") and lines[4].endswith(f"zlib {features.version('zlib')}")
     assert lines[5].startswith("rivals: ") and result["rivals"] == lines[5].removeprefix("rivals: ")
     tables = [line for line in lines if line.startswith("|")]
     assert len(tables) - 2 * sum(line.startswith("|---") for line in tables) == len(result["rows"])
