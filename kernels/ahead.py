@@ -78,7 +78,7 @@ def rows(only: str = "", dtype: str = "bf16", where: str = "sm_") -> Iterator[di
     for name, arch, kernel, constants in jobs() if triton else ():
         if only not in name or where not in f"sm_{arch}":
             continue
-        options = {key: constants.pop(key) for key in ("num_warps", "num_stages")}
+        options = {key: constants.pop(key) for key in ("num_warps", "num_stages", "enable_fp_fusion")}
         binary, shared = compile_kernel(kernel, arch, constants, options, dtype)
         usage, code = dump(binary, "cuobjdump", "-res-usage"), dump(binary, "nvdisasm", "-c")
         registers, *spills = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))

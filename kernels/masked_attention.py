@@ -325,7 +325,8 @@ def config(family, step, head_size):
     table = CONFIGS[family][step]
     rows, keys, warps, stages = table[min(size for size in table if size >= head_size)]
     first, second = HEAD_SIZES[head_size]
-    return dict(HD=head_size, D1=first, D2=second, BM=rows, BN=keys, num_warps=warps, num_stages=stages)
+    return dict(HD=head_size, D1=first, D2=second, BM=rows, BN=keys, num_warps=warps, num_stages=stages,
+                enable_fp_fusion=True)
 
 
 def ahead_jobs(arch):

@@ -20,6 +20,7 @@ from torch import Tensor
 from .choose import jit, tl, triton, use_triton
 
 WORDS = 8  # words a program packs: 256 bits for 4 warps
+LAUNCH = dict(WORDS=WORDS, num_warps=4, num_stages=2, enable_fp_fusion=True)
 
 
 # ---- plain torch ----
@@ -64,7 +65,8 @@ def _pack_kernel(
     bit = tl.arange(0, 32)[None, :]
     key = word[:, None] * 32 + bit  # (WORDS, 32)
     masked = tl.load(KEEP + b * sk[0] + q * sk[1]) != 0
-    read = masked & (key >= prefix_columns) & (key < num_keys)  # a query that drops its mask reads nothing
+    # a query that drops its mask reads nothing; not &, for Triton 3.9's interpreter has none of a scalar and a block
+    read = tl.where(masked, (key >= prefix_columns) & (key < num_keys), False)
     patch = key - prefix_columns
     y0, y1, wy = _source(patch // w, scale_y, mh)
     x0, x1, wx = _source(patch % w, scale_x, mw)
@@ -91,12 +93,12 @@ def launch_pack(mask_logits, grid, prefix_columns, keep, bits):
     with torch.cuda.device_of(bits):  # Triton launches on the current device, which may be another
         _pack_kernel[(batch * queries, triton.cdiv(bits.shape[2], WORDS))](
             *tensors, *(t.stride() for t in tensors), mh / grid[0], mw / grid[1], queries, mh, mw, grid[1],
-            prefix_columns, num_keys, bits.shape[2], WORDS=WORDS)
+            prefix_columns, num_keys, bits.shape[2], **LAUNCH)
 
 
 def ahead_jobs(arch):
     """(name, kernel, constants and launch options) of what ships, the same on every architecture."""
-    yield "pack_mask", _pack_kernel, dict(WORDS=WORDS, num_warps=4, num_stages=2)
+    yield "pack_mask", _pack_kernel, dict(LAUNCH)
 
 
 # ---- library op ----

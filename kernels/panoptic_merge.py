@@ -24,7 +24,8 @@ from torch import Tensor
 from .choose import jit, tl, triton, use_triton
 from .pack_mask import _against, _source
 
-TILE = dict(BH=16, BW=32, num_warps=8, num_stages=2)  # pixels of a program; BH * BW < 2^16, see _merge_kernel
+# pixels of a program; BH * BW < 2^16, see _merge_kernel
+TILE = dict(BH=16, BW=32, num_warps=8, num_stages=2, enable_fp_fusion=True)
 
 
 # ---- plain torch ----

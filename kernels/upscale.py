@@ -61,10 +61,10 @@ def _read(at, mask):
 @jit
 def _column(at, s, row, x, h, w, c, C):
     """Pixel rows 2 row - 1 to 2 row + 2 of column x: four fp32 (BC,), 0 outside the image."""
-    inside = (c < C) & (x >= 0) & (x < 2 * w)
-    return (_read(_pixel(at, s, row - 1, 1, x, c), inside & (row > 0)),
+    inside = tl.where((x >= 0) & (x < 2 * w), c < C, False)
+    return (_read(_pixel(at, s, row - 1, 1, x, c), tl.where(row > 0, inside, False)),
             _read(_pixel(at, s, row, 0, x, c), inside), _read(_pixel(at, s, row, 1, x, c), inside),
-            _read(_pixel(at, s, row + 1, 0, x, c), inside & (row < h - 1)))
+            _read(_pixel(at, s, row + 1, 0, x, c), tl.where(row < h - 1, inside, False)))
 
 
 @jit
@@ -106,7 +106,7 @@ def _store_norm(d, at, MEAN, RSTD, gain, shift, c, C, eps, ours):
     mean = tl.sum(d, 0) / C
     centred = tl.where(c < C, d - mean, 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, 0) / C + eps)
-    tl.store(at, cast(centred * rstd * gain + shift, at.dtype.element_ty), mask=(c < C) & ours)
+    tl.store(at, cast(centred * rstd * gain + shift, at.dtype.element_ty), mask=tl.where(ours, c < C, False))
     tl.store(MEAN, mean, mask=ours)
     tl.store(RSTD, rstd, mask=ours)
 
@@ -144,7 +144,7 @@ def _forward_kernel(
 @jit
 def _grad_pixel(d, GRAD, MEAN, RSTD, DD, gain, c, C, ours):
     """LayerNorm's backward of a pixel d (BC,): stores the gradient of d, returns those of gain and shift."""
-    inside = (c < C) & ours
+    inside = tl.where(ours, c < C, False)
     mean = _read(MEAN, ours)
     rstd = _read(RSTD, ours)
     normed = tl.where(inside, (d - mean) * rstd, 0.0)
@@ -249,7 +249,8 @@ def config(step, channels):
     block = triton.next_power_of_2(channels)
     if step == "grad_conv":
         block = min(128, channels & -channels)  # the largest power of two that divides C
-    return dict(BC=block, COLUMNS=COLUMNS, num_warps=max(1, block // 128), num_stages=1)
+    return dict(BC=block, COLUMNS=COLUMNS, num_warps=max(1, block // 128), num_stages=1,
+                enable_fp_fusion=True)
 
 
 def ahead_jobs(arch):

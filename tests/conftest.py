@@ -27,8 +27,6 @@ def run_interpreted(file, least):
     version = importlib.metadata.version("triton")
     if version < "3.7" and numpy.__version__ >= "2.4":
         pytest.skip("the interpreter of Triton 3.6 needs numpy below 2.4")
-    if version >= "3.8":
-        pytest.skip(f"the interpreter of Triton {version} takes no mask that is a scalar and a block")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     # the second of the warnings is torch's on Python 3.13.0
     options = ["-W", "error::RuntimeWarning", "-W", "ignore:Guards may run slower", "-m", "pytest"]

@@ -281,4 +281,6 @@ def test_ahead_lists_every_shipped_configuration():
     for word, count in ((" hd ", 3 * 7), ("pack_mask", 1), ("upscale", 3 * 5)):
         assert sum(word in name for name, _ in names) == 2 * count, word
     assert {arch for _, arch in names} == {80, 90} and ("pack_mask", 90) in names
-    assert np.all([set(constants) >= {"num_warps", "num_stages"} for *_, constants in ahead.jobs()])
+    # Triton 3.10 will not fuse unless told
+    assert all(constants["enable_fp_fusion"] and constants["num_stages"] and constants["num_warps"]
+               for *_, constants in ahead.jobs())
