@@ -81,11 +81,13 @@ def cache_file(path: str | Path, key: str, suffix: str) -> Path:
 
 
 def write_atomically(target: Path, write) -> None:
-    """`write(file)` into a temporary file, then rename: `target` is whole or absent."""
+    """`write(file)` to a temporary file, on disk before it is renamed: `target` is whole or absent."""
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".tmp-")
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, target)
     finally:
         Path(temporary).unlink(missing_ok=True)
@@ -102,9 +104,12 @@ def writable(path: str | Path) -> None:
 # ---- Readers -----------------------------------------------------------------------------------------------
 
 
-def _junk(name):
-    return name.endswith("/") or os.path.basename(name).startswith("._") or len(name) > 255 or not {
+def _junk(name, label):
+    junk = name.endswith("/") or os.path.basename(name).startswith("._") or not {
         "__MACOSX", "lost+found", "@eaDir", ".Trashes", ".snapshot"}.isdisjoint(name.split("/"))
+    if not junk and len(name) > 1000:  # in an array of names each takes the room of the longest
+        raise ValueError(f"{label}!{name[:60]}...: a name of {len(name)} characters; make it shorter")
+    return junk
 
 
 class Reader:
@@ -144,9 +149,10 @@ class Reader:
 
     def folder(self, wanted: str) -> str:
         """Prefix of the folder `wanted` in here, such as "top/wanted/"; "" if there is no such folder."""
-        inside = np.char.find(np.char.add(b"/", self.names), os.fsencode(f"/{wanted}/"))
-        first = np.flatnonzero(inside >= 0)[:1]
-        return "".join(os.fsdecode(self.names[k][:inside[k]]) + wanted + "/" for k in first)
+        ends = np.char.find(np.char.add(b"/", self.names), os.fsencode(f"/{wanted}/")).tolist()
+        tops = {name[:end] for name, end in zip(self.names.tolist(), ends, strict=True) if end >= 0}
+        top = min(tops, key=lambda top: (top.count(b"/"), top), default=None)  # not the copy in some backup/
+        return "" if top is None else f"{os.fsdecode(top)}{wanted}/"
 
     def under(self, prefix: str, suffixes: tuple[str, ...]) -> list[str]:
         """Sorted names that start with `prefix` and end with one of `suffixes`, without the prefix."""
@@ -180,9 +186,7 @@ def _mode(path):
 
 class ZipReader(Reader):
     """Reads members of a .zip (or plain .tar) in place; nothing is ever unpacked under a member's name.
-
-    `start` and `length` bound a zip stored inside another file; `label` names it in messages.
-    """
+    `start` and `length` bound a zip stored inside another file; `label` names it in messages."""
 
     def __init__(self, path: str | Path, start: int = 0, length: int | None = None, label: str = ""):
         self.path, self.label, self.start, self._descriptor = str(path), label or str(path), start, None
@@ -190,7 +194,7 @@ class ZipReader(Reader):
             raise FileNotFoundError(f"{path}: not found; check the path, or download it")
         self.length = os.path.getsize(path) - start if length is None else length
         rows = _tar_rows(self) if self.path.endswith(".tar") else _zip_rows(self)
-        rows = sorted((os.fsencode(name), *rest) for name, *rest in rows if not _junk(name))
+        rows = sorted((os.fsencode(name), *rest) for name, *rest in rows if not _junk(name, self.label))
         self.names = np.array([row[0] for row in rows], dtype="S")
         table = np.array([row[1:] for row in rows], np.int64).reshape(-1, 5)  # (n, 5)
         self.offset, self.packed, self.size, self.crc = table[:, :4].T.copy()
@@ -248,7 +252,7 @@ class ZipReader(Reader):
         if self.method[i] == zipfile.ZIP_STORED:
             return ZipReader(self.path, self.start + start, int(self.size[i]), self.where(i))
         target = cache_file(self.path, f"{self.start} {member}", ".zip")
-        if not target.exists():
+        if not target.exists() or target.stat().st_size != self.size[i]:
             if shutil.disk_usage(target.parent).free < self.size[i]:
                 need = f"no room for {self.size[i]} bytes of {self.where(i)}"
                 raise ValueError(f"{target.parent}: {need}; set XDG_CACHE_HOME to a larger disk")
@@ -319,10 +323,15 @@ class FolderReader(Reader):
 
     def __init__(self, path: str | Path):
         self.path = self.label = str(path)
-        walk = os.walk(path, onerror=lambda error: _junk(os.path.basename(error.filename)) or _refuse(error))
-        files = (os.path.join(folder, file) for folder, _, files in walk for file in files)
-        names = [file.removeprefix(os.path.join(path, "")) for file in files]
-        self.names = np.array(sorted(os.fsencode(n) for n in names if not _junk(n)), dtype="S")
+        names, real, top = [], {}, os.path.join(Path(path), "")
+        walk = os.walk(Path(path), followlinks=True, onerror=lambda error: _junk(
+            os.path.basename(error.filename), path) or _refuse(error))
+        for folder, folders, files in walk:
+            real[folder] = (*real.get(os.path.dirname(folder), ()), os.path.realpath(folder))
+            if real[folder][-1] in real[folder][:-1]:  # a link to a folder that it lies in
+                folders[:] = files[:] = ()
+            names += [os.path.join(folder, file).removeprefix(top) for file in files]
+        self.names = np.array(sorted(os.fsencode(n) for n in names if not _junk(n, path)), dtype="S")
 
     def read(self, member: str | int, limit: int = IMAGE_LIMIT) -> bytes:
         i = self.index(member)
@@ -338,9 +347,7 @@ class FolderReader(Reader):
 
 def mount(root: str | Path, folders: Sequence[str], archives: Sequence[str] = ()) -> tuple[Reader, str]:
     """Reader and member prefix of the first of `folders`: inside one of `archives`, as FOLDER.zip, or plain.
-
-    `root` is a folder, or one zip that holds them all.
-    """
+    `root` is a folder, or one zip that holds them all."""
     root = Path(root)
     if not _mode(root):
         raise FileNotFoundError(f"{root}: not found; check the path")
@@ -358,6 +365,7 @@ def mount(root: str | Path, folders: Sequence[str], archives: Sequence[str] = ()
     raise FileNotFoundError(f"{root}: has no {wanted}; download it, or give another folder")
 
 
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # MPO is JPEG; EPS would start Ghostscript
 UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error,
                Image.DecompressionBombError)  # what Pillow raises on damaged pictures
 
@@ -425,6 +433,8 @@ class Table(dict):
     def __init__(self, path: Path):
         self.path = path
         with np.load(path, allow_pickle=False) as file:
+            if file.zip.testzip() or "problems" not in file:  # the last; numpy may not read up to a wrong CRC
+                raise zipfile.BadZipFile(f"{path}: damaged; remove it")
             super().__init__(file)
 
     def __reduce__(self):
@@ -437,18 +447,20 @@ def load_table(reader: Reader, member: str, kind: str) -> Table:
     path = Path(reader.path) / member if isinstance(reader, FolderReader) else reader.path
     where = reader.where(reader.index(member))
     cached = cache_file(path, f"{member} {parse.__name__} 2", ".npz")  # 2: what is checked, and the layout
-    if not cached.exists():
-        data = reader.read(member, JSON_LIMIT)
-        try:
-            arrays, problems = parse(json.loads(data))
-        except (ValueError, OverflowError, RecursionError) as error:  # not JSON, or numbers that are none
-            raise ValueError(f"{where}: {len(data)} bytes, {str(error)[:99]}; download it again") from None
-        except (KeyError, TypeError, AttributeError) as error:
-            found = f"no key {error}" if isinstance(error, KeyError) else f"not COCO's form ({error!r})"
-            form = f"images (id, file_name, height, width), categories (id, name), annotations ({form})"
-            raise ValueError(f"{where}: {found}; give COCO's {kind} form: {form}") from None
-        arrays["problems"] = np.array([f"{where}: {line}".encode() for line in problems[:1000]], dtype="S")
-        write_atomically(cached, lambda file: np.savez(file, **arrays))
+    # missing, or damaged by a power cut or a disk: parsed again
+    with contextlib.suppress(OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
+        return Table(cached)
+    data = reader.read(member, JSON_LIMIT)
+    try:
+        arrays, problems = parse(json.loads(data))
+    except (ValueError, OverflowError, RecursionError) as error:  # not JSON, or numbers that are none
+        raise ValueError(f"{where}: {len(data)} bytes, {str(error)[:99]}; download it again") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        found = f"no key {error}" if isinstance(error, KeyError) else f"not COCO's form ({error!r})"
+        form = f"images (id, file_name, height, width), categories (id, name), annotations ({form})"
+        raise ValueError(f"{where}: {found}; give COCO's {kind} form: {form}") from None
+    arrays["problems"] = np.array([f"{where}: {line}".encode() for line in problems[:1000]], dtype="S")
+    write_atomically(cached, lambda file: np.savez(file, **arrays))
     return Table(cached)
 
 
@@ -523,7 +535,7 @@ def parse_instances(data: dict) -> tuple[dict, list[str]]:
                 problems.append(f"image id {image_id}, number {number} of its annotations: {error}")
     parts = [part for outline in outlines for part in outline]
     arrays["part"], arrays["number"] = np.cumsum([0, *map(len, outlines)]), np.cumsum([0, *map(len, parts)])
-    numbers = np.array([x for part in parts for x in part], np.float64)
+    numbers = np.fromiter(itertools.chain.from_iterable(parts), np.float64)
     # annotations have two decimals: hundredths in int32 take half the room and give the same doubles back
     hundredths = np.round(numbers * 100)
     exact = np.abs(hundredths).max(initial=0) < 2**31 and (hundredths / 100 == numbers).all()
@@ -574,11 +586,12 @@ class Target:
         return Target(self.ids, *(getattr(self, field.name)[index] for field in fields(self)[1:]))
 
     @staticmethod
-    def from_masks(masks, labels, crowd=None, area=None) -> "Target":
-        """From bool masks (T,H,W): each goes into the first layer where it overlaps nothing."""
-        masks = np.asarray(masks).astype(bool, copy=False)  # (T, H, W)
-        layers, layer, value = [], [], []
+    def from_masks(masks, labels, crowd=None, area=None, shape=None) -> "Target":
+        """From bool masks (T,H,W): each goes into the first layer where it overlaps nothing. With a `shape`
+        (H,W) they may be made one by one, as iterated over."""
+        layers, layer, value, pixels = [], [], [], []
         for mask in masks:
+            mask = np.asarray(mask).astype(bool, copy=False)  # (H, W)
             rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
             box = np.s_[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1] if len(rows) else np.s_[:0, :0]
             part = mask[box]
@@ -588,9 +601,10 @@ class Target:
                 layers.append(np.zeros(mask.shape, np.uint8))  # (H, W)
             value.append(layer.count(layer[-1]))
             layers[layer[-1]][box][part] = value[-1]
-        ids = np.stack(layers or [np.zeros(masks.shape[1:], np.uint8)])  # (L, H, W)
-        area = masks.sum((1, 2)) if area is None else area
-        return _target(ids, layer, value, labels, np.zeros(len(masks)) if crowd is None else crowd, area)
+            pixels.append(part.sum())
+        ids = np.stack(layers or [np.zeros(shape or masks.shape[1:], np.uint8)])  # (L, H, W)
+        crowd = np.zeros(len(layer)) if crowd is None else crowd
+        return _target(ids, layer, value, labels, crowd, pixels if area is None else area)
 
 
 def _target(ids, layer, value, labels, crowd, area):
@@ -602,17 +616,24 @@ def _target(ids, layer, value, labels, crowd, area):
 # ---- Pictures ----------------------------------------------------------------------------------------------
 
 
+def _orientation(picture):
+    """The EXIF orientation, 1 to 8; 1, as stored, if the tag is missing or damaged."""
+    with contextlib.suppress(*UNDECODABLE):
+        value = picture.getexif().get(0x0112)
+        return value if value in range(1, 9) else 1
+    return 1
+
+
 def open_picture(data: bytes, where: str, shrink: int = 1) -> Image.Image:
     """A decoded picture of 8 bits a channel; `where` starts the message if it cannot be decoded.
-
-    A JPEG is decoded at 1/shrink (1, 2, 4 or 8) of its sides; `info["size"]` keeps their true lengths.
-    """
+    A JPEG is decoded at 1/shrink (1, 2, 4 or 8) of its sides; `info["size"]` keeps their true lengths."""
     try:
-        picture = Image.open(io.BytesIO(data))
-        picture.info["size"] = picture.size
-        if shrink > 1 and picture.getexif().get(0x0112, 1) < 5:  # turned, its partial pixels would lead
-            picture.draft(None, [max(1, side // shrink) for side in picture.size])
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+        size = picture.size
+        if shrink > 1 and _orientation(picture) < 5:  # turned, its partial pixels would lead
+            picture.draft(None, [max(1, side // shrink) for side in size])
         picture.load()
+        picture.info["size"] = size  # a PNG may hold a text of this name, also behind its pixels
     except UnidentifiedImageError:  # its own text holds an address, so it is another one each time
         raise ValueError(f"{where}: {len(data)} bytes, not a picture; download it again") from None
     except UNDECODABLE as error:
@@ -710,16 +731,18 @@ class CocoPanoptic(_Coco):
         index = order[np.searchsorted(ids, found, sorter=order).clip(max=len(rows))]  # (R,), 0 = void
         for unknown in found[ids[index] != found][:1]:
             raise ValueError(f"{where}: id {unknown} is not in its JSON; get the matching pair")
-        if crowd:
-            pixels = np.bincount(index, length, len(ids))[1:]
-            for s in np.flatnonzero((pixels == 0) & (self.table["area"][rows] > 0)):
-                raise ValueError(f"{where}: id {ids[s + 1]} of its JSON has no pixels; get the matching pair")
-        keep = np.append(False, crowd | ~self.table["crowd"][rows])
+        pixels, area = np.bincount(index, length, len(ids))[1:], self.table["area"][rows]
+        for s in np.flatnonzero(crowd & (pixels == 0) & (area > 0)):
+            raise ValueError(f"{where}: id {ids[s + 1]} of its JSON has no pixels; get the matching pair")
+        # no area, no pixels: no segment. An area below 1 with pixels was left out by some tool: their number.
+        # panopticapi would take it into its union, pred + true - both, and divide by 0 or pass an IoU of 1
+        area = np.where(area >= 1, area, pixels)
+        keep = np.append(False, (pixels > 0) & (crowd | ~self.table["crowd"][rows]))
         layer, value = np.divmod(np.where(keep[index], index, 0) - 1, 255)  # (R,), (R,); void is in layer -1
         runs = [np.where(layer == k, value + 1, 0) for k in range(max(1, math.ceil(len(rows) / 255)))]
         maps = np.array(runs, np.uint8).repeat(length, 1).reshape(-1, *png.shape)  # (L, H, W)
         t = np.flatnonzero(keep) - 1
-        return _target(maps, t // 255, t % 255 + 1, *self._columns(rows[t]))
+        return _target(maps, t // 255, t % 255 + 1, *self._columns(rows[t])[:2], area[t])
 
 
 class CocoInstance(_Coco):
@@ -730,24 +753,22 @@ class CocoInstance(_Coco):
     def target(self, i: int, crowd: bool) -> Target:
         rows = np.arange(*self.table["start"][i:i + 2])
         rows = rows if crowd else rows[~self.table["crowd"][rows]]
-        masks = np.zeros((len(rows), *self.hw[i]), bool)  # (T, H, W)
-        for mask, s in zip(masks, rows, strict=True):
-            try:
-                mask[:] = self._mask(s, *mask.shape)
-            except ValueError as error:
-                where = f"{self.reader.label}!{self.stem}.json: image id {self.image_ids[i]}"
-                number = s - self.table["start"][i] + 1
-                raise ValueError(f"{where}, number {number} of its annotations: {error}") from None
-        return Target.from_masks(masks, *self._columns(rows))
+        masks = (self._mask(i, s, *self.hw[i].tolist()) for s in rows)  # a stack might be larger than RAM
+        return Target.from_masks(masks, *self._columns(rows), tuple(self.hw[i]))
 
-    def _mask(self, s, height, width):
+    def _mask(self, i, s, height, width):
         from metrics import polygons_to_mask, rle_decode
         edges = self.table["number"][self.table["part"][s]:self.table["part"][s + 1] + 1]
         numbers, unit = self.table["numbers"], self.table["unit"]
         parts = [numbers[start:end] / unit for start, end in itertools.pairwise(edges)]
-        if self.table["is_rle"][s]:
-            return rle_decode({"size": [height, width], "counts": parts[0].astype(np.int64)})
-        return polygons_to_mask(parts, height, width)
+        try:
+            if self.table["is_rle"][s]:
+                return rle_decode({"size": [height, width], "counts": parts[0].astype(np.int64)})
+            return polygons_to_mask(parts, height, width)
+        except ValueError as error:
+            where = f"{self.reader.label}!{self.stem}.json: image id {self.image_ids[i]}"
+            number = s - self.table["start"][i] + 1
+            raise ValueError(f"{where}, number {number} of its annotations: {error}") from None
 
 
 class LabelPairs:
@@ -793,16 +814,17 @@ class LabelPairs:
         return _target(ids[None], 0 * labels, labels + 1, labels, 0 * labels, area[labels])
 
     def labels(self):
-        """(image, class index) of every segment; there is no JSON, so it reads every PNG."""
-        found = [self.target(i, False).labels.numpy() for i in range(len(self.names))]
-        return np.repeat(np.arange(len(found)), [len(one) for one in found]), np.concatenate(found)
+        """(image, class index) of every segment; there is no JSON, so it reads every PNG (that it can)."""
+        found = []
+        for i in range(len(self.names)):
+            with contextlib.suppress(ValueError, OSError):  # training skips it, counts it and says so
+                found += [(i, label) for label in self.target(i, False).labels.tolist()]
+        return np.array(found, np.int64).reshape(-1, 2).T  # (2, S)
 
 
 class AdePanoptic(LabelPairs):
     """ADE20K panoptic: stuff from the label PNGs, things from annotations_instance (R = class, G = number).
-
-    Training: things over stuff, in their own layer; evaluation (`crowd`): in its place. Instance: no stuff.
-    """
+    Training: things over stuff in their own layer; evaluation (`crowd`): in its place. Instance: no stuff."""
 
     def __init__(self, root, task, split):
         super().__init__(root, task, split)
@@ -879,9 +901,8 @@ def _labels_task(root):
             data = file.read()
     elif Path(root).is_file():
         reader = ZipReader(root)
-        for name in reader.under("", ("classes.txt",)):
-            if name in ("classes.txt", name.split("/")[0] + "/classes.txt"):
-                data = reader.read(name)
+        names = [n for n in reader.under("", ("classes.txt",)) if n.split("/", 1)[-1] == "classes.txt"]
+        data = reader.read(min(names, key=lambda name: name.count("/"))) if names else None
     if data is None:
         return None
     own = vocab.parse_classes(data.decode("utf-8-sig", errors="replace"), f"{root}!classes.txt")
@@ -895,7 +916,7 @@ def oriented(picture: Image.Image, hw: tuple[int, int], where: str) -> Image.Ima
     """The picture, RGB, as its annotation of size `hw` saw it: as stored, or upright by its EXIF tag."""
     (height, width), size = hw, picture.info.get("size", picture.size)
     if size != (width, height):
-        turn = {5: 5, 6: 4, 7: 6, 8: 2}.get(picture.getexif().get(0x0112))  # EXIF orientation -> Transpose
+        turn = {5: 5, 6: 4, 7: 6, 8: 2}.get(_orientation(picture))  # EXIF orientation -> Transpose
         if turn is None or size != (height, width):
             found = f"picture {size[0]}x{size[1]}, annotation {width}x{height}"
             raise ValueError(f"{where}: {found}; get the matching pair")
@@ -910,8 +931,7 @@ def _turn_hue(x, amount):
     """Hue + `amount` (below 1) of a sixth of a turn in int16 (3,H,W), whose other HSV values stay.
     Around the circle a channel is at the top, slopes to the bottom, stays there, slopes back. It moves by
     amount * (top - bottom) from where an endless slope would be, down if the channel before it is the smaller
-    neighbour, and is cut to the ends.
-    """
+    neighbour, and is cut to the ends."""
     top, low = np.maximum(np.maximum(x[0], x[1]), x[2]), np.minimum(np.minimum(x[0], x[1]), x[2])  # (H, W)
     step = (top - low) * round(64 * amount) + 32 >> 6  # (H, W)
     up, back, moved = top + low - x[0] - x[1] - x[2] + step, -2 * step, 2 * x  # (H, W), (H, W), (3, H, W)
@@ -979,9 +999,7 @@ def _cut(first, count, side, scaled):
 @dataclass(frozen=True)
 class Augment:
     """Colour jitter, flip, scale, pad, crop to uint8 (3,size,size); drawn until a segment is left.
-
-    Scale and crop are drawn on the id map alone; only that window of the picture is resampled and recoloured.
-    """
+    Scale and crop are drawn on the id map alone; only that window of the picture is resampled, recoloured."""
 
     size: int
     scale: tuple[float, float] = (0.1, 2.0)
@@ -1020,8 +1038,7 @@ class Augment:
 
     def cut_picture(self, window: Window, picture: Image.Image, rng=None) -> np.ndarray:
         """The crop uint8 (3,S,S), recoloured, bilinear with antialias, zero beyond the scaled picture.
-        An RGB picture may be window.shrink times smaller than the window's source.
-        """
+        An RGB picture may be window.shrink times smaller than the window's source."""
         height, width = window.source
         shrink = 1 if picture.size == (width, height) else window.shrink
         rows, columns = min(self.size, window.height - window.top), min(self.size, window.width - window.left)
@@ -1077,10 +1094,8 @@ def fit_task(num_classes: int, source) -> Task:
 
 class SegmentDataset(torch.utils.data.Dataset):
     """Images of one split: augmented crops with a transform (training), else originals with crowds (eval).
-
     `hidden` classes leave training: policy "void" drops their segments, "drop" every image with one. A member
-    that cannot be decoded is replaced by the next one and named in `faults`; evaluation raises.
-    """
+    that cannot be decoded is replaced by the next one and named in `faults`; evaluation raises."""
 
     def __init__(self, root: str | Path, task: Task | str, split: str, transform: Augment | None = None,
                  hidden: Sequence[int] = (), policy: str = "void"):
@@ -1155,11 +1170,8 @@ class Batch:
 
 def pack(samples: Sequence[Sample], prepare=None) -> tuple:
     """Samples -> the form that leaves a worker: few tensors, as each costs a file descriptor, often of 1024.
-
     Pixels uint8 (bytes,): images, then id maps; numbers float64 (T_all, 5): layer, value, label, crowd, area;
-    the shapes of the pixels; T of each sample; (name, image_id, faults) of each sample. What `prepare` makes
-    of an image takes its place.
-    """
+    the shapes of the pixels; T of each sample; its (name, image_id, faults). `prepare` makes other images."""
     targets = [s.target for s in samples]
     maps = [prepare(s.image) if prepare else s.image for s in samples] + [t.ids for t in targets]
     columns = [(t.layer, t.value, t.labels, t.crowd, t.area) for t in targets]
@@ -1216,13 +1228,10 @@ def staged(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
 
 def positions(n: int, batch_size: int, seed: int, step: int) -> list[tuple[int, int, int]]:
     """Keys (epoch, index, seed) of one global step; every epoch is a permutation f(seed, epoch).
-
-    The remainder of an epoch is dropped if n >= batch_size; smaller sets run on through their permutations.
-    """
+    The remainder of an epoch is dropped if n >= batch_size; smaller sets run on through permutations."""
     length = n - n % batch_size or n  # of an epoch
     places = [divmod(p, length) for p in range(step * batch_size, (step + 1) * batch_size)]
-    epochs = {epoch for epoch, _ in places}
-    order = {epoch: np.random.default_rng((seed, epoch)).permutation(n) for epoch in epochs}
+    order = {epoch: np.random.default_rng((seed, epoch)).permutation(n) for epoch in dict(places)}
     return [(epoch, int(order[epoch][at]), seed) for epoch, at in places]
 
 
@@ -1301,22 +1310,16 @@ def loader(dataset: SegmentDataset, batch_size: int, steps: int, seed: int = 0, 
            rank: int = 0, world: int = 1, device_batch: int | None = None, workers: int = 0,
            context: str | None = None, pin: bool = False) -> Iterator[Batch]:
     """Micro-batches of `rank` for the global steps start_step..steps-1, in order.
-
     `batch_size` counts all ranks and micro-batches: micro-batch m of rank r takes the device_batch positions
-    from (m * world + r) * device_batch of its step, so neither split nor workers change what a step sees.
-    """
+    from (m * world + r) * device_batch of its step, so neither split nor workers change what a step sees."""
     device_batch = device_batch or max(1, batch_size // world)
     if batch_size % (world * device_batch):
         need = f"a multiple of {world} ranks x {device_batch} (--device-batch-size)"
         raise ValueError(f"--batch-size {batch_size}: cannot be split; make it {need}")
-
-    def keys():
-        for step in range(start_step, steps):
-            every = positions(len(dataset), batch_size, seed, step)
-            for first in range(rank * device_batch, batch_size, world * device_batch):
-                yield every[first:first + device_batch]
-
-    return map(_batch, _packs(dataset, keys(), workers, context, pin))
+    every = (positions(len(dataset), batch_size, seed, step) for step in range(start_step, steps))
+    firsts = range(rank * device_batch, batch_size, world * device_batch)
+    keys = (step[first:first + device_batch] for step in every for first in firsts)
+    return map(_batch, _packs(dataset, keys, workers, context, pin))
 
 
 def eval_loader(dataset: SegmentDataset, rank: int = 0, world: int = 1, workers: int = 0,
@@ -1364,9 +1367,7 @@ def _thing_mask(shape, size, scale, rng):
 
 def draw_scene(rng: np.random.Generator, vocabulary: Vocabulary, allowed: Sequence[int], size=64, things=4):
     """Image uint8 (H,W,3), map (H,W) of 0 = void and 1.. = segments, (class, crowd) of each segment.
-
-    One or two stuff halves, one to `things` things, at times a crowd of four small ones; slivers become void.
-    """
+    One or two stuff halves, one to `things` things, at times a crowd of 4 small ones; slivers become void."""
     stuff, kinds = ([k for k in allowed if vocabulary.thing[k] == flag] for flag in (False, True))
     y, x = np.mgrid[:size, :size]
     angle, offset = rng.uniform(0, 2 * np.pi), rng.uniform(-0.22, 0.22) * size
@@ -1437,9 +1438,7 @@ def _write_split(root, split, count, vocabulary, allowed, rng, size):
 def write_shapes(root: str | Path, vocabulary: Vocabulary, train: int = 2000, val: int = 200, seed: int = 0,
                  train_classes: Sequence[int] | None = None, size: int = 64) -> None:
     """Write the world's four official zips into `root`; training images show only `train_classes`, if given.
-
-    Names in `vocabulary` are a colour and a shape or pattern: "red disc", "gray stripes".
-    """
+    Names in `vocabulary` are a colour and a shape or pattern: "red disc", "gray stripes"."""
     root, every = Path(root), range(len(vocabulary.names))
     root.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(root / "panoptic_annotations_trainval2017.zip", "w") as panoptic_zip, \
@@ -1482,7 +1481,8 @@ def grid(dataset: SegmentDataset, count: int = 8, height: int = 200) -> Image.Im
             colours = np.random.default_rng(number).integers(40, 256, (256, 3))  # (256, 3)
             painted = np.where(ids[..., None] > 0, 0.4 * painted + 0.6 * colours[ids], painted)  # (H, W, 3)
         pair = Image.fromarray(np.concatenate([photo, painted.astype(np.uint8)], 1))
-        tiles.append(pair.resize((max(1, pair.width * height // pair.height), height)))
+        width = min(max(pair.width * height // pair.height, height // 5), 10 * height)  # 1 x 1500 was GBs
+        tiles.append(pair.resize((width, height)))
     width = max(tile.width for tile in tiles)
     page = Image.new("RGB", (2 * width, (len(tiles) + 1) // 2 * height))
     for number, tile in enumerate(tiles):

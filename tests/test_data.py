@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import tracemalloc
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,12 +112,20 @@ def test_zip_reader_gives_the_bytes_of_zipfile(tmp_path, monkeypatch, compressio
 
 
 def test_zip_reader_hides_junk_and_never_extracts(tmp_path):
-    names = ["__MACOSX/._x.jpg", "d/._y.jpg", "d/", "../evil.txt", "/abs.txt", "n" * 3000, "ok.txt"]
+    names = ["__MACOSX/._x.jpg", "d/._y.jpg", "d/", "../evil.txt", "/abs.txt", "ok.txt"]
     reader = ZipReader(write_zip(tmp_path / "x.zip", dict.fromkeys(names, b"1")))
     assert sorted(os.fsdecode(n) for n in reader.names) == ["../evil.txt", "/abs.txt", "ok.txt"]
     reader.read("../evil.txt")
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["x.zip"]
     assert reader.names.nbytes < 100
+
+
+@pytest.mark.parametrize("names", [["a/p/x/1", "p/x/2"], ["b/p/x/1", "a/b/p/x/2", "q"], ["p/x/1", "a/p/x/2"]])
+def test_folder_of_a_zip_is_the_one_nearest_to_its_top(tmp_path, names):
+    """An attic with old pictures must not take the place of the data."""
+    reader = ZipReader(write_zip(tmp_path / "x.zip", dict.fromkeys(names, b"1")))
+    best = min((n for n in names if "p/x/" in n), key=lambda n: n.count("/"))
+    assert reader.folder("p/x") == best[:-1] and reader.folder("p/y") == ""
 
 
 def without_utf8_flag(raw):
@@ -268,6 +277,33 @@ def test_target_puts_disjoint_masks_in_one_layer_of_255():
     target = Target.from_masks(masks, np.zeros(300))
     assert target.ids.shape == (2, 20, 20) and target.value.max() == 255
     assert np.array_equal(target.masks().numpy(), masks)
+
+
+def test_target_from_masks_one_by_one():
+    masks = np.random.default_rng(1).random((9, 20, 30)) > 0.8
+    wanted, target = (Target.from_masks(m, np.arange(9), shape=(20, 30)) for m in (masks, iter(masks)))
+    for field in data.fields(Target):
+        assert torch.equal(getattr(target, field.name), getattr(wanted, field.name)), field.name
+
+
+def test_many_instances_in_a_large_picture_take_little_memory(tmp_path):
+    """A stack of 40 masks would hold 160 MB."""
+    boxes = [[40 * k, 10, 40 * k + 70, 10, 40 * k + 70, 60, 40 * k, 60] for k in range(40)]
+    notes = [{"image_id": 1, "category_id": 1, "area": 9, "segmentation": [box]} for box in boxes]
+    table = {"images": [{"id": 1, "file_name": "a.jpg", "height": 2000, "width": 2000}],
+             "categories": [{"id": 1, "name": "x"}], "annotations": notes}
+    for name, content in (("annotations/instances_val2017.json", json.dumps(table).encode()),
+                          ("val2017/a.jpg", b"")):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(content)
+    source = SegmentDataset(tmp_path, "auto", "val").source
+    tracemalloc.start()
+    target = source.target(0, False)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(target.labels) == 40 and target.ids.shape == (2, 2000, 2000) and peak < 60e6, peak
+    mask = target.masks()[3]  # (H, W)
+    assert mask[10:60, 120:190].all() and mask.sum() == 50 * 70
 
 
 def test_target_without_segments():
@@ -1221,6 +1257,14 @@ def test_check_command_draws_a_grid(shapes, tmp_path, capsys):
     with pytest.raises(SystemExit, match="1"):
         data.command(data.main, [str(tmp_path / "nowhere")])
     assert capsys.readouterr().err == f"error: {tmp_path / 'nowhere'}: not found; check the path\n"
+
+
+@pytest.mark.parametrize("height,width", [(1, 1500), (1500, 1), (1, 1), (2, 900)])
+def test_grid_of_thin_pictures_is_small(height, width):
+    target = Target.from_masks(np.ones((1, height, width), bool), [0])
+    thin = data.Sample(torch.zeros(3, height, width, dtype=torch.uint8), target, "x", 1)
+    page = data.grid([thin, thin, thin])
+    assert page.height == 400 and 40 <= page.width <= 4000
 
 
 def test_throughput_beats_the_mask_by_mask_pipeline():

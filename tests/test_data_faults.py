@@ -15,6 +15,7 @@ import sys
 import tempfile
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from PIL import Image
 import data
 import vocab
 from data import Augment, FolderReader, SegmentDataset, ZipReader
-from metrics import rle_encode
+from metrics import PanopticQuality, rle_encode
 
 ROOT = Path(__file__).resolve().parents[1]
 LINE = re.compile(r"^[^!\n]+(![^\n]+?)?: [^\n]+; [^\n]+$")  # <file>!<member>: <what is wrong>; <what to do>
@@ -193,8 +194,6 @@ def test_bombs_are_refused_by_their_size(tmp_path, monkeypatch):
 
 def test_picture_bomb(tmp_path):
     def chunk(kind, body):
-        import zlib
-
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
@@ -444,9 +443,31 @@ def test_segment_of_the_json_without_pixels(root):
     edit_png(root, "val", 2, erase)
     dataset = SegmentDataset(root, "shapes", "val")
     error_of(lambda: dataset[1], "panoptic_val2017/000000000002.png: id ", " of its JSON has no pixels; ")
-    edit_json(root, "val", lambda t: [s.update(area=0) for a in t["annotations"] for s in a["segments_info"]])
-    sample = SegmentDataset(root, "shapes", "val")[1]  # an area of 0 says it itself, and the image counts
-    assert (sample.target.masks().flatten(1).sum(1) == 0).sum() == 1
+
+
+@pytest.mark.parametrize("area", [0, 0.5, -3])
+def test_segment_of_area_zero(root, area):
+    """Without a pixel it says itself that it is none, with pixels the annotation tool left its area out."""
+    whole = SegmentDataset(root, "shapes", "val")[1].target
+    extra = {"id": 77, "category_id": vocab.SHAPES.ids[0], "iscrowd": 0}
+
+    def change(table):
+        infos = table["annotations"][1]["segments_info"]
+        infos[0]["area"] = area
+        infos.insert(1, {**extra, "area": min(area, 0)})
+
+    edit_json(root, "val", change)
+    assert data.check(root, "shapes", "val", decode=True) == []
+    for crowd in (True, False):
+        target = SegmentDataset(root, "shapes", "val").source.target(1, crowd)
+        rows = torch.from_numpy(np.flatnonzero(np.full(len(whole.labels), crowd) | ~whole.crowd.numpy()))
+        assert torch.equal(target.masks(), whole.masks()[rows])
+        assert torch.equal(target.labels, whole.labels[rows]) and torch.equal(target.area, whole.area[rows])
+    quality = PanopticQuality(vocab.SHAPES.thing)
+    segments = [{"id": int(value), "category_id": int(label), "area": float(area), "iscrowd": 0}
+                for value, label, area in zip(target.value, target.labels, target.area, strict=True)]
+    quality.update(target.ids[0].numpy(), segments, target.ids[0].numpy(), segments)
+    assert quality.compute()["PQ"] == 1
 
 
 def test_training_gives_up_when_nothing_can_be_decoded(root):
@@ -515,6 +536,157 @@ def test_check_command_names_every_fault(root, capsys):
         line.startswith(f"error: {root / 'val2017.zip'}!val2017/") for line in lines
     )
     assert not (root / "g.png").exists()
+
+
+# ----------------------------------------------------------------------------------------------------
+# Pictures that do more, or less, than they should
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 48\n%%EndComments\n(x) show\n%%EOF\n"
+
+
+@pytest.mark.parametrize("shrink", [1, 2])
+def test_no_program_runs_for_a_picture(monkeypatch, shrink):
+    """Pillow hands EPS to Ghostscript, whatever the file is called."""
+    for name in ("check_call", "Popen", "run"):
+        monkeypatch.setattr(subprocess, name, lambda *a, **k: pytest.fail("a program was started"))
+    error_of(lambda: data.open_picture(EPS, "a.zip!b.jpg", shrink), f"b.jpg: {len(EPS)} bytes, not a picture")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM"])
+def test_kinds_of_pictures(kind):
+    file = io.BytesIO()
+    Image.new("RGB", (6, 4), "red").save(file, kind)
+    for shrink in (1, 2):
+        picture = data.open_picture(file.getvalue(), "x", shrink)
+        assert data.oriented(picture, (4, 6), "x").mode == "RGB"
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's on such a tag
+@pytest.mark.parametrize(
+    "exif",
+    [b"garbagegarbage", b"II", b"II*\0\x08\0\0\0\x05\0\x12\x01", b"II*\0\xff\xff\xff\x7f", b"",
+     b"II*\0\x08\0\0\0\1\0\x12\x01\2\0\2\0\0\x006\0\0\0\0\0\0\0"],  # the last: a tag that is a letter
+)
+def test_exif_that_cannot_be_read_is_none(exif):
+    file = io.BytesIO()
+    Image.new("RGB", (64, 48), "red").save(file, "JPEG", exif=b"Exif\0\0" + exif, dpi=(72, 72))
+    for shrink in (1, 2):
+        picture = data.open_picture(file.getvalue(), "x!y", shrink)
+        assert picture.size == (64 // shrink, 48 // shrink) and data.oriented(picture, (48, 64), "x!y")
+        error_of(lambda: data.oriented(picture, (64, 48), "x!y"), "picture 64x48, annotation 48x64; ")  # noqa: B023
+
+
+def test_text_in_a_png_is_not_its_size():
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    raw, said = encode(np.zeros((48, 64, 3), np.uint8)), chunk(b"tEXt", b"size\0big")
+    for at in (33, len(raw) - 12):  # before the pixels, and after them
+        picture = data.open_picture(raw[:at] + said + raw[at:], "x!y")
+        assert data.oriented(picture, (48, 64), "x!y").size == (64, 48)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The cache after a power cut
+
+
+def cached_file(suffix):
+    (path,) = data.cache_dir().glob(f"*{suffix}")
+    return path
+
+
+def flipped(raw, at):
+    return raw[:at] + bytes([raw[at] ^ 0x40]) + raw[at + 1:]
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "zeros", "flipped", "another"])
+def test_damaged_table_is_parsed_again(root, damage):
+    wanted = SegmentDataset(root, "shapes", "val")[0].target
+    path = cached_file(".npz")
+    raw = path.read_bytes()
+    other = io.BytesIO()
+    np.savez(other, other=np.zeros(3))
+    path.write_bytes({"empty": b"", "cut": raw[: len(raw) // 2], "zeros": bytes(len(raw)),
+                      "flipped": flipped(raw, len(raw) // 2), "another": other.getvalue()}[damage])
+    assert torch.equal(SegmentDataset(root, "shapes", "val")[0].target.ids, wanted.ids)
+    assert path.read_bytes() == raw
+
+
+def test_table_with_any_byte_flipped(root):
+    """Either it is read as before, or thrown away: it never ends a run, nor changes a number."""
+    reader, member = ZipReader(root / PANOPTIC), JSON.format("val")
+    wanted = data.load_table(reader, member, "panoptic")
+    path = cached_file(".npz")
+    raw = path.read_bytes()
+    for at in range(0, len(raw), 7):
+        path.write_bytes(flipped(raw, at))
+        table = data.load_table(reader, member, "panoptic")
+        assert table.keys() == wanted.keys(), at
+        assert all(np.array_equal(table[key], wanted[key]) for key in wanted), at
+
+
+@pytest.mark.parametrize("keep", [0, 200])
+def test_cut_copy_of_a_nested_zip_is_made_again(root, keep):
+    edit(root / PANOPTIC, {}, zipfile.ZIP_DEFLATED)
+    wanted = SegmentDataset(root, "shapes", "val")[0].target
+    os.truncate(cached_file(".zip"), keep)
+    assert torch.equal(SegmentDataset(root, "shapes", "val")[0].target.ids, wanted.ids)
+
+
+def test_cache_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done = []
+    sync, move = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append(os.fstat(file).st_size), sync(file)))
+    monkeypatch.setattr(os, "replace", lambda *a: (done.append("named"), move(*a)))
+    data.write_atomically(tmp_path / "x", lambda file: file.write(b"12345"))
+    assert done == [5, "named"]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Folders
+
+
+def test_linked_folders_are_read(tmp_path):
+    """Cities often lie on another disk; a link into a folder around it is no endless way."""
+    (tmp_path / "disk" / "b").mkdir(parents=True)
+    (tmp_path / "disk" / "b" / "1.png").write_bytes(b"1")
+    (tmp_path / "disk" / "b" / "back").symlink_to(tmp_path / "set")
+    (tmp_path / "set" / "z").mkdir(parents=True)
+    (tmp_path / "set" / "z" / "2.png").write_bytes(b"2")
+    (tmp_path / "set" / "z" / "around").symlink_to(tmp_path / "set")
+    (tmp_path / "set" / "a").symlink_to(tmp_path / "set" / "z")  # under both names, whichever comes first
+    (tmp_path / "set" / "b").symlink_to(tmp_path / "disk" / "b")
+    (tmp_path / "top").symlink_to(tmp_path / "set")
+    for root in (tmp_path / "set", tmp_path / "top"):
+        reader = FolderReader(root)
+        assert reader.names.tolist() == [b"a/2.png", b"b/1.png", b"z/2.png"]
+        assert reader.read("b/1.png") == b"1"
+
+
+def test_long_names(tmp_path):
+    """All are found; one so long that the names would fill the memory is an error."""
+    long = "d" * 100 + "/" + "e" * 100 + "/" + "f" * 100 + ".png"
+    (tmp_path / "set" / long).parent.mkdir(parents=True)
+    (tmp_path / "set" / long).write_bytes(b"1")
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as file:
+        file.writestr(long, b"1")
+    for reader in (FolderReader(tmp_path / "set"), ZipReader(tmp_path / "x.zip")):
+        assert reader.read(long) == b"1"
+    with zipfile.ZipFile(tmp_path / "x.zip", "a") as file:
+        file.writestr("n" * 3000, b"1")
+    error_of(lambda: ZipReader(tmp_path / "x.zip"), f"{tmp_path / 'x.zip'}!nnn", "3000 characters")
+
+
+def test_undecodable_mask_is_left_out_of_the_counts(tmp_path):
+    own(tmp_path, encode(np.array([[0, 1], [1, 1]], np.uint8)), photo=encode(np.zeros((2, 2, 3), np.uint8)))
+    for name in ("0", "b"):
+        shutil.copy(tmp_path / "images/val/a.png", tmp_path / f"images/val/{name}.png")
+        (tmp_path / f"masks/val/{name}.png").write_bytes(b"garbage")
+    dataset = SegmentDataset(tmp_path, "auto", "val", Augment(2, (1, 1)))
+    assert dataset.class_counts().tolist() == [1, 1]
+    assert len(dataset[0, 0].faults) == 1 and dataset[0, 0].name == "a.png"
+    kept = SegmentDataset(tmp_path, "auto", "val", Augment(2, (1, 1)), hidden=[1], policy="drop")
+    assert kept.index.tolist() == [0, 2] and kept.class_counts().tolist() == [0, 0]
 
 
 # ----------------------------------------------------------------------------------------------------
