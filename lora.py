@@ -85,18 +85,18 @@ def add(blocks: nn.ModuleList, last_n: int, rank_attn: int, rank_ffn: int) -> No
     ranks = dict.fromkeys(ATTENTION, rank_attn) | dict.fromkeys(FFN, rank_ffn)
     for name, base in linears.items():
         leaf = name.rpartition(".")[2]
-        if ranks.get(leaf):
-            adapter = LoRALinear(base, ranks[leaf], 2 * ranks[leaf], (ATTENTION | FFN)[leaf])
-            adapted.set_submodule(name, adapter)
+        if rank := ranks.get(leaf):
+            adapted.set_submodule(name, LoRALinear(base, rank, 2 * rank, (ATTENTION | FFN)[leaf]))
 
 
 @torch.no_grad()
 def merge(model: nn.Module) -> int:
     """Folds every adapter into its base weight and puts the plain linear back; returns how many it was."""
     found = adapters(model)
+    if "" in found:
+        raise ValueError("LoRA: merge: this is an adapter, its place is not known; give the model it is in")
     for name, adapter in found.items():
-        weight = adapter.base.weight
-        weight.copy_(weight.float() + adapter.delta())
+        adapter.base.weight += adapter.delta()  # summed in fp32
         model.set_submodule(name, adapter.base)
     return len(found)
 

@@ -98,17 +98,15 @@ def draw_comparison(model, dataset, path, count=6, height=220):
     for index in range(min(count, len(dataset))):
         sample = dataset[index]
         photo = sample.image.permute(1, 2, 0).numpy()  # (H, W, 3)
-        result = eomt.segment(model, [sample.image], meta["kind"])[0]
-        zoom = max(1, height // photo.shape[0])  # words do not fit on thumbnails
+        found = layers(eomt.segment(model, [sample.image], meta["kind"])[0], meta["kind"], meta["names"])
+        zoom = max(1, min(height // photo.shape[0], 4 * height // photo.shape[1]))  # words need room
         photo = photo.repeat(zoom, 0).repeat(zoom, 1)  # (zH, zW, 3)
         parts = [Image.fromarray(photo)]
-        truth = truth_layers(sample.target, meta["names"])
-        for ids, segments in (truth, layers(result, meta["kind"], meta["names"])):
+        for ids, segments in (truth_layers(sample.target, meta["names"]), found):
             parts.append(overlay(photo, ids.repeat(zoom, 0).repeat(zoom, 1), segments))
-        width = round(height * photo.shape[1] / photo.shape[0])
+        width = round(height * min(max(photo.shape[1] / photo.shape[0], 0.25), 4))  # 1x1500 photos exist
         rows.append([part.resize((width, height)) for part in parts])
-    width = max(3 * row[0].width + 8 for row in rows)
-    sheet = Image.new("RGB", (width, len(rows) * (height + 4)), "white")
+    sheet = Image.new("RGB", (max(3 * row[0].width + 8 for row in rows), len(rows) * (height + 4)), "white")
     for y, row in enumerate(rows):
         for x, part in enumerate(row):
             sheet.paste(part, (x * (part.width + 4), y * (height + 4)))
@@ -140,8 +138,7 @@ def draw_bars(rows: list[tuple[str, float]], path, width=700):
     rows = sorted(((n, v) for n, v in rows if v == v), key=lambda row: -row[1])
     sheet = Image.new("RGB", (width, 16 * len(rows) + 16), "white")
     draw = ImageDraw.Draw(sheet)
-    for k, (name, value) in enumerate(rows):
-        top = 8 + 16 * k
+    for top, (name, value) in zip(range(8, 16 * len(rows), 16), rows, strict=True):
         draw.text((210, top + 7), name[:34], fill="black", anchor="rm")
         draw.rectangle((220, top + 1, 220 + (width - 280) * value / 100, top + 13), fill="#4a78c8")
         draw.text((width - 50, top + 7), f"{value:.1f}", fill="black", anchor="lm")
@@ -166,8 +163,7 @@ def export(model, path: Path) -> float | None:
     Returns the largest difference from the model's own logits, None where onnxruntime is not installed."""
     if path.suffix not in (".onnx", ".pt2") or not os.access(path.parent, os.W_OK):
         raise ValueError(f"--export {path}: end the name in .onnx or .pt2, in a folder that can be written")
-    side = model.meta["size"]
-    images = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
+    images = torch.randint(0, 256, (2, 3) + (model.meta["size"],) * 2, dtype=torch.uint8)  # (2, 3, S, S)
     net, shapes = Logits(model.cpu()).eval(), {"images": {0: torch.export.Dim.AUTO}}
     with torch.no_grad():
         want, program = net(images), torch.export.export(net, (images,), dynamic_shapes=shapes)
@@ -185,7 +181,7 @@ def export(model, path: Path) -> float | None:
                 return None
             session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
             got = [torch.from_numpy(array) for array in session.run(None, {"images": images.numpy()})]
-    return max((a - b).abs().max().item() for a, b in zip(want, got, strict=True))
+    return torch.stack([(a - b).abs().max() for a, b in zip(want, got, strict=True)]).max().item()
 
 
 # ---- Open vocabulary ---------------------------------------------------------------------------------------
@@ -219,15 +215,14 @@ def segment_open(model, image, embeddings=False):
     hook.remove()
     queries, region, output = (tensor[:1].float() for tensor in calls[-1])
     prob, labels = output[0].softmax(-1)[:, :-1].max(-1)  # (Q,) each
-    known = head.in_logits(queries)[0, :, :-1].softmax(-1)  # (Q, K)
+    p_in = (head.in_logits(queries)[0, :, :-1] / head.temp_in).softmax(-1)  # (Q, K)
     l_out = head.out_logits(region)[0]  # (Q, K)
+    p_out = (l_out / head.temp_out).softmax(-1)  # (Q, K)
     keep = (result.labels < model.meta.get("shown", len(head.seen))).nonzero()[:, 0].tolist()
     rows = []
-    for s in keep:
-        label = result.labels[s].item()
-        # the query that this segment came from
-        q = ((prob - result.scores[s]).abs() + (labels != label)).argmin().item()
-        rows.append(dict(score_in=known[q, label].item(), score_out=l_out[q].softmax(-1)[label].item(),
+    for s, label in zip(keep, result.labels[keep].tolist(), strict=True):
+        q = ((prob - result.scores[s]).abs() + (labels != label)).argmin().item()  # the query it came from
+        rows.append(dict(score_in=p_in[q, label].item(), score_out=p_out[q, label].item(),
                          presence=l_out[q, label].sigmoid().item()))
         rows[-1] |= dict(embedding=region[0, q].tolist()) if embeddings else {}
     table = torch.zeros(len(result.labels) + 1, dtype=result.ids.dtype, device=result.ids.device)  # (S+1,)
@@ -243,10 +238,9 @@ def expand(patterns: list[str]) -> list[Path]:
         path = Path(pattern)
         if path.is_dir():
             hits = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
-        elif path.exists():
-            hits = [path]
         else:
-            hits = [p for p in map(Path, sorted(glob.glob(pattern, recursive=True))) if not p.is_dir()]
+            hits = [path] if path.exists() else map(Path, sorted(glob.glob(pattern, recursive=True)))
+            hits = [p for p in hits if not p.is_dir()]
         if not hits:
             raise FileNotFoundError(f"{pattern}: no image there; give an image, a folder or a glob in quotes")
         found |= dict.fromkeys(hits)
@@ -254,12 +248,12 @@ def expand(patterns: list[str]) -> list[Path]:
 
 
 def open_image(path: Path) -> torch.Tensor:
-    """uint8 (3,H,W), turned upright by its EXIF tag; grey, palette, CMYK and RGBA become RGB."""
+    """uint8 (3,H,W), turned upright by its EXIF tag; grey, palette, CMYK and RGBA of 8 bits become RGB."""
     try:
-        with Image.open(path) as picture:
-            array = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))  # (H, W, 3)
+        picture = data.open_picture(path.read_bytes(), str(path))
+        array = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))  # (H, W, 3)
     except data.UNDECODABLE as error:
-        raise ValueError(f"{path}: cannot be decoded ({error}); give a JPEG or PNG") from None
+        raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
     return torch.from_numpy(array.copy()).permute(2, 0, 1)
 
 
@@ -271,8 +265,7 @@ def write_result(path: Path, image, result, details, meta, out: Path, number: in
     for row, more in zip(rows, details or [{}] * len(rows), strict=True):
         row |= dict(category_id=meta["ids"][row.pop("category")], **more)
         del row["text"]
-    image_id = int(path.stem) if path.stem.isdigit() else number
-    return dict(image_id=image_id, file_name=f"{path.stem}.png", image=path.name, segments_info=rows)
+    return dict(image_id=number, file_name=f"{path.stem}.png", image=path.name, segments_info=rows)
 
 
 def check_names(paths: list[Path], out: Path) -> None:
@@ -287,8 +280,7 @@ def check_names(paths: list[Path], out: Path) -> None:
 
 
 def parser():
-    top = data.Arguments(usage="%(prog)s --ckpt CKPT [options] IMAGE...",
-                         description=__doc__.split("\n")[0])
+    top = data.Arguments(usage="%(prog)s --ckpt CKPT [options] IMAGE...", description=__doc__.split("\n")[0])
     top.add_argument("images", nargs="*", help="images, folders or globs")
     top.add_argument("--ckpt", required=True, help="run (best, else newest), step folder, file or HF name")
     top.add_argument("--out", default="predictions", help="folder for the results")
@@ -326,7 +318,11 @@ def load_model(args) -> eomt.EoMT:
     if "open" not in model.config and (args.prompts is not None or args.embeddings):
         raise ValueError(f"{args.ckpt}: has closed classes; --prompts and --embeddings need a --stage run")
     if args.prompts is not None:
+        if args.task != "auto":
+            raise ValueError(f"--task {args.task}: --prompts name other classes; drop one of the two")
         set_prompts(model, args)
+    if args.embeddings and model.meta["kind"] != "panoptic":
+        raise ValueError(f"--embeddings: come with panoptic segments, not {model.meta['kind']}; drop them")
     if args.size < 0 or args.size % model.encoder.patch:
         raise ValueError(f"--size {args.size}: no multiple of the patch size {model.encoder.patch}; give one")
     model.meta["size"] = args.size or model.meta["size"]
@@ -337,6 +333,8 @@ def run(args):
     model = load_model(args)
     if args.export:
         off = export(model, Path(args.export))
+        if off != off:
+            raise ValueError(f"{args.export}: gives NaN where the model does not; try the other format")
         print(f"{args.export}: " + ("not checked" if off is None else f"logits differ by at most {off:.1e}"))
         return
     eomt.accelerate(model)
@@ -346,8 +344,10 @@ def run(args):
     check_names(paths, out)
     out.mkdir(parents=True, exist_ok=True)
     data.writable(out / "predictions.json")  # what cannot be written is known now
+    numbers = [int(path.stem) for path in paths if path.stem.isdecimal()]
+    numbers = numbers if len(set(numbers)) == len(paths) else range(len(paths))  # every image has its own
     rows, bad, free = [], [], "open" in model.config and model.meta["kind"] == "panoptic"
-    for number, path in enumerate(tqdm(paths, unit="img", disable=not sys.stderr.isatty())):
+    for number, path in zip(numbers, tqdm(paths, unit="img", disable=not sys.stderr.isatty()), strict=True):
         try:
             image = open_image(path)
         except ValueError as error:  # told at the end; the others are not lost for it

@@ -102,10 +102,9 @@ def resize_positions(table: Tensor, grid: tuple[int, int], naflex: bool) -> Tens
     side = math.isqrt(len(table))
     if tuple(grid) == (side, side):
         return table
-    image = table.float().T.unflatten(1, (side, side))[None]  # (1, C, G, G); CPUs have no bf16 antialias
-    mode = "bilinear" if naflex else "bicubic"
-    image = F.interpolate(image, grid, mode=mode, align_corners=False, antialias=naflex)  # (1, C, h, w)
-    return image[0].flatten(1).T.to(table.dtype)
+    x = table.float().T.unflatten(1, (side, side))[None]  # (1, C, G, G); CPUs have no bf16 antialias
+    x = F.interpolate(x, grid, mode="bilinear" if naflex else "bicubic", antialias=naflex)  # (1, C, h, w)
+    return x[0].flatten(1).T.to(table.dtype)
 
 
 class VisionTower(nn.Module):
@@ -197,8 +196,7 @@ PARTS = {  # the final norm's name there; what else a file holds; our names, who
 def load(path: str | Path, part: str, heads: int | None = None) -> VisionTower | TextTower:
     """The "vision" or "text" tower of a safetensors file or Hugging Face folder (one file or shards), fp32.
 
-    Sizes come from the tensors; `heads` is for widths outside SIZES. ValueError lists all missing and
-    unexpected tensors, FileNotFoundError the files that are not there.
+    Sizes come from the tensors, but `heads` of widths outside SIZES. ValueError lists all that do not fit.
     """
     final, others, names = PARTS[part]
     found, said = {}, {}
@@ -221,8 +219,7 @@ def load(path: str | Path, part: str, heads: int | None = None) -> VisionTower |
         else:
             naflex = first.ndim == 2  # (C, ph*pw*3), where fixed resolution has (C, 3, ph, pw)
             patch = math.isqrt(first.shape[1] // 3) if naflex else first.shape[2]
-            grid = math.isqrt(len(positions))
-            tower = VisionTower(*sizes, patch, grid, naflex, int(said.get("reach", 0)))
+            tower = VisionTower(*sizes, patch, math.isqrt(len(positions)), naflex, int(said.get("reach", 0)))
             if naflex:
                 found[keys[2]] = first.unflatten(1, (patch, patch, 3)).permute(0, 3, 1, 2)  # (C, 3, ph, pw)
     wanted = {name: _foreign(name, final) for name in tower.state_dict()}
@@ -236,12 +233,13 @@ def load(path: str | Path, part: str, heads: int | None = None) -> VisionTower |
 def save(folder: str | Path, vision: VisionTower, text: TextTower):
     """Both towers as `folder`/model.safetensors with a SigLIP 2 checkpoint's names, which `load` reads."""
     from safetensors.torch import save_file
-    state = {name: getattr(text, name).detach() for name in ("logit_scale", "logit_bias")}
+    state = {}
     for part, tower in (("vision", vision), ("text", text)):
         for name, value in tower.state_dict().items():
-            keys = _foreign(name, PARTS[part][0])
-            keys = keys if name in state else [f"{part}_model.{key}" for key in keys]
-            state |= {key: v.clone() for key, v in zip(keys, value.chunk(len(keys)), strict=True)}
+            keys, root = _foreign(name, PARTS[part][0]), "" if name.startswith("logit_") else f"{part}_model."
+            if name == "patch_embed.weight" and tower.naflex:
+                value = value.permute(0, 2, 3, 1).flatten(1)  # (C, ph*pw*3)
+            state |= {root + key: v.clone() for key, v in zip(keys, value.chunk(len(keys)), strict=True)}
     Path(folder).mkdir(parents=True, exist_ok=True)
     header = {"format": "pt", "heads": str(vision.config["heads"]), "reach": str(vision.reach)}
     save_file(state, Path(folder, "model.safetensors"), header)
@@ -398,7 +396,7 @@ def map_pool(tower: VisionTower, patches: Tensor, mask_logits: Tensor, gamma=4.0
     head = tower.head
     with torch.autocast(patches.device.type, enabled=False):
         x = patches.to(head.probe.dtype)
-        log_mask = F.logsigmoid(gamma * mask_logits.detach().float())  # (B, Q, N)
+        log_mask = -F.softplus(-gamma * mask_logits.detach().float())  # (B, Q, N); logsigmoid is -inf in ONNX
         mask = (log_mask - log_mask.amax(-1, keepdim=True)).exp()  # (B, Q, N), 1 at the best patch
         if mode == "mean":
             return F.normalize(mask @ x.float(), dim=-1)
@@ -463,11 +461,12 @@ class OpenVocabHead(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # CLIP's start
         for name, value in (("logit_scale", logit_scale), ("logit_bias", logit_bias)):
             self.register_buffer(name, torch.as_tensor(value).detach().float().reshape(()).clone())
+        self.kept = {}  # of `calibrate`, by a new vocabulary
         self.set_classes(rows, owner, seen)
         self.register_load_state_dict_post_hook(lambda m, _: m.set_classes(m.rows, m.owner, m.seen))
 
     def set_classes(self, rows: Tensor, owner: Tensor, seen) -> None:
-        """Swaps the vocabulary and resets the calibration."""
+        """Swaps the vocabulary; of the calibration only `kept` goes on: the rest is of the old classes."""
         seen = torch.as_tensor(seen, dtype=torch.bool).to(self.void.device)
         assert owner.unique().tolist() == list(range(len(seen))), f"{len(seen)} classes, rows of {owner}"
         rows, owner, self.num_seen = rows.to(seen.device).float(), owner.to(seen.device), int(seen.sum())
@@ -475,21 +474,22 @@ class OpenVocabHead(nn.Module):
             self.register_buffer(name, value)
         self.register_buffer("column", torch.where(seen, seen.cumsum(0) - 1, -1), persistent=False)  # (K,)
         self.register_buffer("seen_rows", seen[owner].nonzero()[:, 0], persistent=False)
-        self.calibrate()
+        self.calibrate(**self.kept)
 
-    def calibrate(self, alpha=0.4, beta=0.8, temp_in=1.0, temp_out=1.0, bias=0.0, class_bias=None,
+    def calibrate(self, alpha=0.4, beta=0.8, temp_in=1.0, temp_out=1.0, bias=0.0, class_bias=0.0,
                   reject=-math.inf) -> None:
         """Weights of the region classifier on seen (alpha) and unseen (beta) classes, temperatures, `bias`
         off the seen classes, class_bias (K,) on all, energy under which a mask is void."""
-        shift = -bias * self.seen.float()  # (K,)
-        if class_bias is not None:
-            shift = shift + torch.as_tensor(class_bias, device=shift.device)
+        for key, value, low, top in (("alpha", alpha, 0, 1), ("beta", beta, 0, 1), ("bias", bias, -999, 999)):
+            if not low <= value <= top:  # nor is nan
+                raise ValueError(f"ov-{key} {value}: out of range; give a number from {low} to {top}")
+        shift = torch.as_tensor(class_bias, device=self.seen.device) - bias * self.seen.float()  # (K,)
         if shift.any() and (shift == shift[0]).all():
-            raise ValueError(f"ov-bias {bias}: equal for all {len(shift)} classes, which softmax ignores; "
-                             "use it where some classes are seen and some are not")
+            raise ValueError(f"{f'ov-bias {bias}' if bias else 'ov-class-bias'}: equal for all {len(shift)} "
+                             "classes, which softmax ignores; use it where some get more than others")
         self.register_buffer("shift", shift, persistent=False)
-        self.alpha, self.beta, self.reject = alpha, beta, reject
-        self.temp_in, self.temp_out = temp_in, temp_out
+        self.kept = dict(alpha=alpha, beta=beta, temp_in=temp_in, temp_out=temp_out)
+        self.alpha, self.beta, self.temp_in, self.temp_out, self.reject = *self.kept.values(), reject
 
     def in_logits(self, queries: Tensor) -> Tensor:
         """Tokens (B,Q,C) -> trained logits of classes (in training: of seen ones) and void (B,Q,K+1)."""
@@ -517,7 +517,7 @@ class OpenVocabHead(nn.Module):
         weight = torch.where(self.seen, self.alpha, self.beta)  # (K,)
         p = (1 - weight) * (l_in[..., :-1] - known) + weight * p_out + self.shift  # (B, Q, K)
         # A softmax over one to three classes is near 1 for anything: there only presence says "an object".
-        best = (p_out if len(self.seen) >= 4 else F.logsigmoid(l_out)).amax(-1, keepdim=True)  # (B, Q, 1)
+        best = (p_out if len(self.seen) >= 4 else -F.softplus(-l_out)).amax(-1, keepdim=True)  # (B, Q, 1)
         known = torch.logaddexp(known, void + best - math.log(2))  # 1 - p_void (1 - best / 2)
         void = void + torch.log1p(-0.5 * best.exp())  # (B, Q, 1)
         rejected = self.energy(l_out)[..., None] < self.reject  # (B, Q, 1)

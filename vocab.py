@@ -59,17 +59,14 @@ def is_mandarin(word):
 
 def _table(name, text):
     """Reads rows `<id> <thing|stuff> <name> | <Mandarin>, ... | <word>, ...`; no words: the cleaned name."""
-    names, ids, thing, synonyms = [], [], [], []
+    rows = []
     for line in text.strip().splitlines():
         head, mandarin, english = [*(part.strip() for part in line.split("|")), "", ""][:3]
         number, kind, class_name = head.split(" ", 2)
         assert kind in ("thing", "stuff") and line.count("|") < 3, f"{name}: bad row {line!r}"
         words = f"{english or clean(class_name)},{mandarin}".split(",")
-        names.append(class_name)
-        ids.append(int(number))
-        thing.append(kind == "thing")
-        synonyms.append(tuple(word.strip() for word in words if word.strip()))
-    return Vocabulary(name, names, ids, thing, synonyms)
+        rows.append((class_name, int(number), kind == "thing", [w.strip() for w in words if w.strip()]))
+    return Vocabulary(name, *zip(*rows, strict=True))
 
 
 # ---------------------------------------------------------------- tables
@@ -480,23 +477,23 @@ def parse_prompts(text, source="prompts"):
     """
     # NFKC maps the full-width comma, colon, semicolon and bar to ASCII, but not the enumeration comma.
     text = unicodedata.normalize("NFKC", text).replace("\u3001", ",")
-    thing, synonyms, used = [], [], set()
+    rows, used = [], set()
     for section in text.split(";"):
         kind, colon, listed = section.rpartition(":")
         kind = kind.strip().lower()
         if colon and kind not in ("thing", "things", "stuff"):
             raise ValueError(f"{source}!{kind or ':'}: unknown section; write things: or stuff:")
         for prompt in listed.split(","):
-            words = [" ".join(word.split()) for word in prompt.split("|")]
-            for word in words:
+            typed = [" ".join(word.split()) for word in prompt.split("|")]
+            words = [clean(word) for word in typed]  # "t-shirt" is shown, "t shirt" embedded
+            for word, shown in zip(words, typed, strict=True):
                 if not word:
                     raise ValueError(f"{source}!{section.strip()}: empty prompt; remove the spare , | ; or :")
-                if word.lower() in used:
-                    raise ValueError(f"{source}!{word}: named twice; write it once, synonyms joined with |")
-                used.add(word.lower())
-            thing.append(kind != "stuff")
-            synonyms.append(words)
-    return Vocabulary(source, [words[0] for words in synonyms], range(1, len(synonyms) + 1), thing, synonyms)
+                if word in used:
+                    raise ValueError(f"{source}!{shown}: named twice; write it once, synonyms joined with |")
+                used.add(word)
+            rows.append((typed[0], len(rows) + 1, kind != "stuff", words))
+    return Vocabulary(source, *zip(*rows, strict=True))
 
 
 def parse_classes(text, source="classes.txt"):
@@ -547,9 +544,8 @@ def split(vocab, name):
     `name` is one of SPLITS or the path of a JSON file: a list of unseen class names, or {"unseen": [...],
     "seen": [...]} ("seen" left out: all others). Names match the data set's spelling or a synonym, any case.
     Classes may be in neither tuple: do not train on them and leave them out of the numbers. Of the built-in
-    splits only ovcoco_48_17 has such classes: its sources name 48 seen and 17 unseen of COCO's 80 things and
-    pass over the other 15. They say nothing of stuff, so on COCO_PANOPTIC all 53 stuff classes count as seen.
-    On COCO_INSTANCE a panoptic split keeps its things.
+    splits only ovcoco_48_17 has such: its sources pass over 15 of COCO's 80 things. They say nothing of
+    stuff, all 53 on COCO_PANOPTIC count as seen. On COCO_INSTANCE a panoptic split keeps its things.
     ValueError `<file>!<name>: ...`: unknown split or class, a split of another vocabulary, an empty side.
     """
     if name in SPLITS:
@@ -605,11 +601,16 @@ def _find(vocab, word, source):
 
 
 # ---------------------------------------------------------------- words in common
+_PLURALS = {"men": "man", "children": "child", "mice": "mouse", "geese": "goose", "oxen": "ox"}  # women too
+
+
 def _key(word):
-    """A word's form for comparing: lower case, one space, last word in the singular (roughly)."""
+    """A word's form for comparing: lower case, one space, an end that plurals share ("va" of vase, vases)."""
     word = " ".join(re.sub(r"[-_]", " ", word.lower()).split())
-    word = re.sub(r"(?<=ss|ch|sh)es$|(?<=x)es$", "", word)
-    return re.sub(r"(?<![su])s$", "", word)
+    for plural, singular in _PLURALS.items():
+        word = re.sub(f"{plural}$", singular, word)
+    word = re.sub(r"(?<=[su]s|[cs]h)es?$|(?<=x)es?$|(?<![su])s(es?)?$", "", word)
+    return re.sub(r"[vf]e$", "f", re.sub(r"ie$", "y", word))
 
 
 def overlap(trained, other, seen=None):
@@ -619,9 +620,8 @@ def overlap(trained, other, seen=None):
     """
     indices = range(len(trained.names)) if seen is None else seen
     keys = {_key(word) for k in indices for word in trained.synonyms[k]}
-    shares = [any(_key(word) in keys for word in words) for words in other.synonyms]
-    return (tuple(k for k, known in enumerate(shares) if known),
-            tuple(k for k, known in enumerate(shares) if not known))
+    known = tuple(k for k, words in enumerate(other.synonyms) if any(_key(word) in keys for word in words))
+    return known, tuple(k for k in range(len(other.names)) if k not in known)
 
 
 def _kin(word, other):

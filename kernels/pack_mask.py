@@ -65,7 +65,7 @@ def _pack_kernel(
     bit = tl.arange(0, 32)[None, :]
     key = word[:, None] * 32 + bit  # (WORDS, 32)
     masked = tl.load(KEEP + b * sk[0] + q * sk[1]) != 0
-    # a query that drops its mask reads nothing; not &, for Triton 3.9's interpreter has none of a scalar and a block
+    # a query that drops its mask reads nothing; no &, which Triton 3.9's interpreter refuses on a scalar here
     read = tl.where(masked, (key >= prefix_columns) & (key < num_keys), False)
     patch = key - prefix_columns
     y0, y1, wy = _source(patch // w, scale_y, mh)

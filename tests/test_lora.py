@@ -129,6 +129,15 @@ def test_merge_same_numbers_and_plain_linears(tower):
     assert lora.merge(tower) == 0
 
 
+def test_merge_of_an_adapter_itself():
+    """It has no parent to put the plain linear into; torch's words were of a target name."""
+    adapter = lora.LoRALinear(nn.Linear(4, 4), 2, 4)
+    weight = adapter.base.weight.clone()
+    with pytest.raises(ValueError, match=r"^LoRA: merge: [^\n]+; give "):
+        lora.merge(adapter)
+    assert torch.equal(adapter.base.weight, weight)
+
+
 def test_state_dict_adapters_alone(tower):
     fresh = copy.deepcopy(tower)
     state = lora.state_dict(trained(tower))

@@ -138,7 +138,7 @@ class Keep(list):
     def __call__(self, *pair):
         self.append(pair)
 
-    def finish(self, rank, world):
+    def finish(self, rank):
         pass
 
 
@@ -376,6 +376,52 @@ def test_predict_another_task(world, photo, tmp_path):
     rows = json.loads((tmp_path / "out" / "predictions.json").read_text())["annotations"][0]["segments_info"]
     assert rows and {row["name"] for row in rows} <= set(vocab.ADE20K.names)
     assert {row["category_id"] for row in rows} <= set(vocab.ADE20K.ids)
+
+
+@pytest.fixture
+def calibrated(world, tmp_path):
+    """A checkpoint whose training had --ov-alpha, --ov-beta, --ov-temp and what is of its classes alone."""
+    model = eomt.load(world.ckpt)
+    kept = dict(alpha=0.1, beta=0.6, temp_in=2.0, temp_out=3.0)
+    calibration = kept | dict(bias=2.0, class_bias=[0.01 * k for k in range(133)], reject=-1e9)
+    eomt.save(tmp_path / "ov.safetensors", model, **model.meta | dict(calibration=calibration))
+    return tmp_path / "ov.safetensors", kept
+
+
+def test_prompts_keep_the_calibration(calibrated):
+    """predict.py --prompts fell back to the defaults, where eval.py kept the checkpoint's."""
+    path, kept = calibrated
+    words = ["--ckpt", str(path), "--prompts", "car, zebra; stuff: road", "--background", "none"]
+    head = predict.load_model(predict.parser().parse_args(words)).class_head
+    assert head.kept == kept and not head.shift.any() and head.reject == -np.inf
+
+
+@torch.no_grad()
+def test_scores_of_each_classifier_are_tempered(calibrated):
+    """score_in and score_out are what the two say in the ensemble: alpha 0 or 1 makes it one of them."""
+    model = eomt.load(calibrated[0])
+    image, head = torch.from_numpy(next(scenes())[0]).permute(2, 0, 1), model.class_head
+    head.calibrate(temp_in=1.5, temp_out=3.0)
+    output = model(image[None])[-1].classes[0]  # (Q, K+1)
+    result, rows = predict.segment_open(model, image)
+    assert rows
+    for weight, column in ((0.0, "score_in"), (1.0, "score_out")):
+        head.calibrate(alpha=weight, beta=weight, temp_in=1.5, temp_out=3.0)
+        alone = model(image[None])[-1].classes[0]  # (Q, K+1)
+        for label, score, row in zip(result.labels, result.scores, rows, strict=True):
+            query = (output[:, label].exp() - score).abs().argmin()
+            assert row[column] == pytest.approx(alone[query, :-1].softmax(-1)[label].item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("argv, line", [
+    (["--task", "ade20k_semantic", "--embeddings"], "--embeddings: .* panoptic.*; "),
+    (["--task", "ade20k_instance", "--embeddings"], "--embeddings: .* panoptic.*; "),
+    (["--task", "ade20k_semantic", "--prompts", "cat"], "--task ade20k_semantic: .*--prompts.*; "),
+    (["--task", "ade20k_panoptic", "--prompts", "cat"], "--task ade20k_panoptic: .*--prompts.*; ")])
+def test_predict_options_without_effect_are_refused(world, argv, line):
+    """Passed over in silence: --prompts are panoptic whatever --task says, others have no rows to add to."""
+    with pytest.raises(ValueError, match=f"^{line}"):
+        predict_here("x.jpg", "--ckpt", world.ckpt, *argv)
 
 
 def test_set_classes_of_nothing(world):

@@ -238,6 +238,20 @@ def test_load_file_folder_shards_and_bare(checkpoint):
     assert half.norm.weight.dtype == torch.float32
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("naflex, kind", [(False, 4), (True, 2)])
+def test_save_keeps_the_kind_of_tower(tmp_path, naflex, kind):
+    """A NaFlex tower is told from others by its 2-d kernel; saved, it became one of fixed resolution."""
+    torch.manual_seed(0)
+    vision = VisionTower(24, 40, 2, 2, patch=4, grid=4, naflex=naflex).eval()
+    siglip2.save(tmp_path, vision, TextTower(24, 40, 1, 2, 20, 8))
+    again = load(tmp_path, "vision")
+    assert_same_tower(again, vision)
+    assert again.config == vision.config and torch.equal(again(rand(1, 3, 24, 8)), vision(rand(1, 3, 24, 8)))
+    tensors, _ = siglip2._read(tmp_path / "model.safetensors")
+    assert tensors["vision_model.embeddings.patch_embedding.weight"].ndim == kind
+
+
 def fails(error, *args, **kw):
     """The message of the one-line error that `load` must raise."""
     with pytest.raises(error) as caught:
@@ -497,6 +511,35 @@ def test_map_pool_far_from_the_probe_stays_finite(tower):
     torch.testing.assert_close(rough, map_pool(tower, x, rand(1, 3, 36)), atol=2e-2, rtol=0)
 
 
+class PoolAndCombine(nn.Module):
+    """What predict.py exports of this file: regions of masks, and classes of one-word vocabularies."""
+
+    def __init__(self, tower, head):
+        super().__init__()
+        self.tower, self.head = tower, head
+
+    def forward(self, x, z, l_in, l_out):
+        return map_pool(self.tower, x, z), self.head.combine(l_in, l_out)
+
+
+def test_map_pool_and_combine_in_onnx(tower, tmp_path):
+    """Log(Sigmoid(x)), which logsigmoid became there, is -inf from -20 on: an unsure mask was NaN."""
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    head = make_head(unit(1, 48), torch.tensor([0]), [True])
+    z = torch.cat([torch.full((1, 1, 36), -60.0) + rand(1, 1, 36), rand(1, 3, 36) * 40], 1)  # (1, 4, 36)
+    inputs = rand(1, 36, 48), z, rand(1, 4, 2), torch.tensor([[[-120.0], [-30], [0], [30]]])
+    net, path = PoolAndCombine(tower, head).eval(), tmp_path / "m.onnx"
+    with torch.no_grad():
+        want = net(*inputs)
+        torch.onnx.export(torch.export.export(net, inputs), (), path, verbose=False)
+    session = runtime.InferenceSession(str(path))
+    names = [node.name for node in session.get_inputs()]
+    got = session.run(None, {name: value.numpy() for name, value in zip(names, inputs, strict=True)})
+    for ours, theirs in zip(want, got, strict=True):
+        torch.testing.assert_close(torch.from_numpy(theirs), ours, atol=1e-5, rtol=1e-5)
+
+
 def test_map_pool_speed_against_per_region():
     torch.manual_seed(0)
     tower = VisionTower(192, 768, 1, 6, patch=4, grid=16).eval().requires_grad_(False)
@@ -654,8 +697,19 @@ def test_head_bias_on_all_classes_is_refused():
         if seen[0]:
             with pytest.raises(ValueError, match="ov-bias 1.0.*all 5 classes.*; use it"):
                 head.calibrate(bias=1.0)
-        with pytest.raises(ValueError, match="equal for all 5 classes"):
+        with pytest.raises(ValueError, match="^ov-class-bias: equal for all 5 classes"):
             head.calibrate(class_bias=torch.ones(5))
+
+
+@pytest.mark.parametrize("name, value", [
+    ("alpha", math.nan), ("alpha", -0.1), ("alpha", 1.5), ("beta", math.nan), ("beta", 2.0),
+    ("bias", math.nan), ("bias", math.inf)])
+def test_head_calibrate_refuses_what_no_mask_survives(name, value):
+    """They were taken in silence, and every class of every mask became NaN."""
+    with pytest.raises(ValueError, match=f"^ov-{name} {value}: [^\n]+; give ") as error:
+        make_head().calibrate(**{name: value})
+    assert "\n" not in str(error.value)
+    make_head().calibrate(alpha=0, beta=1, bias=-3)
 
 
 def test_head_energy_rejection():
@@ -689,6 +743,21 @@ def test_head_set_classes_changes_size():
     assert head(rand(1, 4, 12), unit(1, 4, 16)).shape == (1, 4, 3)
     with pytest.raises(AssertionError):
         head.set_classes(rand(2, 16), torch.tensor([0, 2]), [True, True, True])
+
+
+def test_head_set_classes_keeps_what_is_of_no_class():
+    """New words go on with the checkpoint's alpha, beta and temperatures; biases and the energy go."""
+    head = make_head()
+    kept = dict(alpha=0.1, beta=0.9, temp_in=2.0, temp_out=3.0)
+    head.calibrate(**kept, bias=0.4, class_bias=torch.arange(5.0), reject=-5.0)
+    head.set_classes(unit(3, 16), torch.tensor([0, 1, 1]), [True, False])
+    assert head.kept == kept and head.reject == -math.inf and not head.shift.any()
+    other, queries, region = make_head(), rand(1, 4, 12), unit(1, 4, 16)
+    other.set_classes(head.rows, head.owner, head.seen)
+    other.calibrate(**head.kept)
+    assert torch.equal(head(queries, region), other(queries, region))
+    head.calibrate()
+    assert head.kept == dict(alpha=0.4, beta=0.8, temp_in=1.0, temp_out=1.0) == make_head().kept
 
 
 def test_head_bf16_autocast_keeps_fp32_cosines():
