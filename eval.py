@@ -96,21 +96,38 @@ def overlaps(masks, truth, chunk=1 << 18):
 
 
 def add_instance(metric, result, sample):
-    target, masks = sample.target, result.masks
+    target, masks, name = sample.target, result.masks, f"{sample.image_id:012} {sample.name}"
     found = dict(scores=result.scores.cpu().numpy(), labels=result.labels.cpu().numpy())
     truth = dict(labels=target.labels.numpy(), crowd=target.crowd.numpy(), area=target.area.numpy())
     if masks.is_cuda:  # counted where they are: 100 masks are 30 MB, their counts some kB
         counts = overlaps(masks, target.to(masks.device).masks())
         found["pixels"], truth["pixels"], shared = (count.cpu().numpy() for count in counts)
-        metric.update_overlaps(found, truth, shared, sample.name)
+        metric.update_overlaps(found, truth, shared, name)
     else:  # bits are faster than products here
         found["masks"], truth["masks"] = masks.cpu().numpy(), target.masks().numpy()
-        metric.update(found, truth, sample.name)
+        metric.update(found, truth, name)
 
 
 def percent(value):
     """Scores in percent; counts, nan and COCO's -1 (no such object) as they are."""
     return 100 * value if isinstance(value, float) and value >= 0 else value
+
+
+# ---- Ranks -------------------------------------------------------------------------------------------------
+def gather(value) -> list:
+    """The `value` of every rank, on every rank."""
+    values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def in_turn(make):
+    """make() on the first rank of each machine, then on its others, which find what the first one cached."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    made = make() if first else None
+    gather(None)  # waits
+    return made if first else make()
 
 
 # ---- A data set --------------------------------------------------------------------------------------------
@@ -187,8 +204,7 @@ def evaluate_each(model, dataset, turns, rank, world, workers, limit, masked, ex
     done = []
     for metric, _, headline, column in kinds:
         if world > 1:
-            dist.all_gather_object(states := [None] * world, metric.state())
-            metric.merge(states)
+            metric.merge(gather(metric.state()))
         numbers, rows = conclude(metric, meta, headline, column)
         done.append(Result(numbers, headline, rows, images, time.time() - began, images < len(dataset)))
     return done
@@ -228,8 +244,9 @@ def probe_regions(model, dataset, limit=0) -> dict[str, dict[str, float]]:
             region = siglip2.map_pool(model.encoder, patches, z[None], mode=mode)  # (1, T, C_t)
             rows.append(head.out_logits(region)[0].argmax(-1) == truth)
         labels.append(truth)
-    label, seen = torch.cat(labels).cpu(), head.seen.cpu()
-    groups = {"things": thing[label], "stuff": ~thing[label], "seen": seen[label], "unseen": ~seen[label]}
+    label, split = torch.cat(labels).cpu(), split_groups(model.meta)
+    groups = {"things": thing[label], "stuff": ~thing[label]}
+    groups |= {name: torch.isin(label, torch.tensor(split[name])) for name in ("seen", "unseen") if split}
     score = {mode: torch.cat(rows).cpu().double() for mode, rows in hits.items()}
     return {mode: {name: 100 * hit[rows].mean().item() for name, rows in groups.items() if rows.any()}
             for mode, hit in score.items()}
@@ -381,6 +398,8 @@ class Export:
                                segmentation=metrics.rle_encode(mask))
                           for mask, label, score in zip(*columns, strict=True)]
             return
+        if name.is_absolute() or ".." in name.parts:
+            raise ValueError(f"{sample.name}: leads out of {self.path}; rename it in the data set")
         (self.path / name).parent.mkdir(parents=True, exist_ok=True)  # one name may lie in several folders
         if self.task.kind == "semantic":
             values = np.array(classes, np.uint8) + data.PAIRS[self.task.layout].offset  # (K,)
@@ -393,12 +412,9 @@ class Export:
                     for s, label in enumerate(result.labels.tolist(), 1)]
         self.rows.append(dict(image_id=sample.image_id, file_name=str(name), segments_info=segments))
 
-    def finish(self, rank, world):
+    def finish(self, rank):
         """Rank 0 writes the rows of all ranks in the order of their images."""
-        parts = [self.rows] * world
-        if world > 1:
-            dist.all_gather_object(parts, self.rows)
-        rows = sorted(itertools.chain(*parts), key=lambda row: row["image_id"])
+        rows = sorted(itertools.chain(*gather(self.rows)), key=lambda row: row["image_id"])
         if rank == 0 and self.file:
             self.file.write_text(json.dumps(dict(annotations=rows) if self.task.kind == "panoptic" else rows))
 
@@ -497,7 +513,8 @@ def open_words(model, words, args) -> None:
         meta |= wanted
     if args.split:
         seen, unseen = vocab.split(words, args.split)
-        if trained := [words.names[k] for k in unseen if model.class_head.seen[k]]:
+        trained = [words.names[k] for k in unseen if model.class_head.seen[k]]
+        if trained and not args.gt_masks:  # a bare tower has learnt none of them
             print(f"notice: {len(trained)} unseen classes of {args.split} were trained on: "
                   f"{', '.join(trained[:5])}", file=sys.stderr)
         meta |= dict(seen=list(seen), unseen=list(unseen))
@@ -563,11 +580,11 @@ def run(args) -> Result:
         raise ValueError(f"--size {args.size}: no multiple of the patch size {model.encoder.patch}; give one")
     model.meta["size"] = args.size or model.meta["size"]
     task, root = open_task(model, args)
-    dataset = data.SegmentDataset(root, task, "val")
-    if args.gt_masks:
-        return report_regions(model, dataset, args)
     if world > 1:
         dist.init_process_group("gloo")
+    dataset = in_turn(lambda: data.SegmentDataset(root, task, "val"))
+    if args.gt_masks:
+        return report_regions(model, dataset, args)
     exports = open_exports(args, task)
     open_options(model, dataset, args)
     eomt.accelerate(model, args.fp8, 8 if args.compile else 0)
@@ -576,11 +593,12 @@ def run(args) -> Result:
     else:
         result = evaluate(model, dataset, rank, world, args.workers, args.limit, args.masked_attn, exports)
         for export in exports:
-            export.finish(rank, world)
+            export.finish(rank)
         if rank == 0:
             print(line(result))
             if args.out:
-                Path(args.out).write_text(json.dumps(dict(result.numbers, images=result.images), indent=1))
+                known = {key: None if value != value else value for key, value in result.numbers.items()}
+                Path(args.out).write_text(json.dumps(known | dict(images=result.images), indent=1))
     if world > 1:
         dist.destroy_process_group()
     return result

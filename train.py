@@ -271,7 +271,8 @@ def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
         raise ValueError("--resume continues the run in --out, --overwrite replaces it; give one of these")
     stored = read_config(given["config"]) if given.get("config") else {}
     follows = dict(steps="epochs", device_batch_size="batch_size")  # computed, if the latter is given now
-    old = {"out", "resume", "overwrite", "config"} | {k for k in follows if follows[k] in given}
+    old = {"resume", "overwrite", "config"} | {k for k in follows if follows[k] in given}
+    old |= set() if given.get("resume") else {"out"}
     stored = {k: v for k, v in stored.items() if k not in old}
     stage = given.get("stage", stored.get("stage", ""))
     if stage not in ("", *STAGES):
@@ -354,14 +355,14 @@ def inherit(cfg: Config, origin: dict, start, vocabulary):
         return
     config, _, meta = start
     kept = dict(config["open"], num_queries=config["num_queries"], num_blocks=config["num_blocks"],
-                size=meta["size"], templates=meta["template"],
+                size=meta["size"], templates=meta["template"], ov_pool=config["open"]["pool"],
                 **{key: meta[key] for key in ("encoder", "split", "split_policy", "languages")})
     path, now = cfg.init or cfg.out, vars(cfg)
     for key in (key for key in kept if key in now and key != "fuse_last" and now[key] != kept[key]):
         if origin.get(key) != "flag":
             setattr(cfg, key, kept[key])
             origin[key] = "init"
-        elif key not in ("size", "split_policy"):  # another stage may have its own
+        elif key not in ("size", "split_policy", "ov_pool"):  # another stage may have its own
             raise ValueError(f"--{key.replace('_', '-')} {now[key]}: {path} has {kept[key]}; leave it out, "
                              "or train Stage A anew")
     if meta["names"] != list(vocabulary.names):
@@ -449,6 +450,8 @@ def freeze(model: eomt.OpenVocabEoMT, cfg: Config, state: dict):
 def load_start(model: eomt.EoMT, cfg: Config, say):
     """Weights a run starts from: --init, else --encoder-weights. What is left out is said, name by name."""
     if not cfg.init:
+        if cfg.task == "ade20k_panoptic":
+            say("notice: the published recipe starts from COCO panoptic weights; give them as --init")
         if cfg.encoder_weights != "random":
             eomt.load_encoder(model.encoder, cfg.encoder_weights)
             say(f"encoder from {cfg.encoder_weights}")
@@ -609,16 +612,14 @@ def resume(out: Path, model, kept, cfg, say) -> int:
 
 
 def claim(out: Path, cfg: Config):
-    """Refuses to mix two runs in one folder."""
+    """Refuses to mix two runs in one folder; returns whether the one there is to be replaced."""
     used = out.is_dir() and any(p.name == "config.json" or p.name.startswith("step-") for p in out.iterdir())
     ours = (out / "log.txt").exists()  # a model of others has a config.json, too
-    if used and ours and cfg.overwrite and not cfg.resume:
-        shutil.rmtree(out)
-    elif used and (cfg.overwrite or not cfg.resume):
+    replaces = used and ours and cfg.overwrite and not cfg.resume
+    if used and not replaces and (cfg.overwrite or not cfg.resume):
         what = "already holds a run" if ours or not cfg.overwrite else "no run of train.py"
         raise ValueError(f"{out}: {what}; --resume continues it, --overwrite replaces it; give one of these")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "log.txt").touch()
+    return replaces
 
 
 def replace(path: Path, text: str):
@@ -793,7 +794,7 @@ class Trainer:
         self.cast = torch.autocast(device.type, dtypes[cfg.amp], enabled=cuda and cfg.amp != "off")
         self.scaler = torch.amp.GradScaler(enabled=cuda and cfg.amp == "fp16")
         self.kept = dict(optimizer=self.optimizer, scaler=self.scaler)
-        self.best, self.bad, self.skipped, self.warned = -1.0, 0, 0, set()
+        self.best, self.bad, self.skipped = -1.0, set(), 0
         self.done, self.missed, self.fault, self.pending = 0, False, "", None
         self.lap = Profile(device, log.out / f"trace-{rank}.json") if cfg.profile else lambda *_: {}
 
@@ -808,16 +809,13 @@ class Trainer:
     def agree(self, parts, stop) -> tuple[torch.Tensor, bool]:
         """What all ranks know before a step: loss totals (2,), and whether one of them was told to stop."""
         norm = sum(set_norm(part.targets, self.cfg.num_queries) for part in parts)
-        faults = [fault for part in parts for fault in part.faults]
-        for fault in sorted(set(faults) - self.warned):
-            print(f"warning: {fault}; another image takes its place", file=sys.stderr, flush=True)
-        self.warned.update(faults)
+        faults = {fault for part in parts for fault in part.faults}
         row = torch.tensor([*norm, bool(stop.signal), len(faults)], dtype=torch.float64)
-        *norm, stopping, bad = total(row, self.world)
-        self.bad += int(bad)
-        if self.bad > self.cfg.max_bad:
-            raise ValueError(f"{self.cfg.data}: {self.bad} undecodable training images, --max-bad is "
-                             f"{self.cfg.max_bad}; check the data with data.py --decode")
+        *norm, stopping, found = total(row, self.world)
+        for fault in sorted(set().union(*evaluation.gather(faults)) - self.bad if found else ()):
+            self.bad.add(fault)
+            if self.rank == 0:
+                print(f"warning: {fault}; another image takes its place", file=sys.stderr, flush=True)
         return torch.stack(norm), bool(stopping)
 
     def backward(self, step, index, part, norm) -> dict[str, torch.Tensor]:
@@ -911,9 +909,7 @@ class Trainer:
         self.skipped += 1
         text = fault or ", ".join(f"{key} {value:.4g}" for key, value in losses.items())
         mine = (bool(losses["loss"].isfinite()), f"rank {self.rank}: {text}, images {', '.join(names)}")
-        rows = [mine] * self.world
-        if self.world > 1:
-            dist.all_gather_object(rows, mine)
+        rows = evaluation.gather(mine)
         guilty = [text for good, text in rows if not good] or [text for _, text in rows]
         fault = f"step {step + 1}: not finite, gradient {gradient:.4g} ({', '.join(guilty)})"
         if self.skipped > self.cfg.skip_nonfinite:
@@ -931,7 +927,7 @@ class Trainer:
         speed = steps * cfg.batch_size / seconds
         parts = self.lap("rest", steps)
         text = " ".join(f"{key} {value:.4f}" for key, value in losses.items())
-        bad = f" bad {self.bad}" if self.bad else ""
+        bad = f" bad {len(self.bad)}" if self.bad else ""
         bad += "".join(f" {key} {value:.1f}" for key, value in parts.items())
         self.log.say(f"step {done}/{cfg.steps} {text} lr {lr:.1e} grad {gradient:.2f} img/s {speed:.1f} "
                      f"mem {memory:.1f}GB eta {eta}{bad}")
@@ -958,15 +954,15 @@ class Trainer:
         self.log.record(step=step, **result.numbers)
         if self.rank == 0:
             model.eval()  # the pictures: an open vocabulary has other classes in training
+            if not result.partial and not result.numbers[result.headline] <= self.best:  # nan is better
+                self.best = result.numbers[result.headline]
+                save_checkpoint(out / "best", model, self.kept, cfg, step, model.meta, resumable=False)
+            summary = dict(step=step, best=self.best, bad=len(self.bad), **result.numbers)
+            replace(out / "summary.json", json.dumps(summary, indent=1))
             (out / "viz").mkdir(exist_ok=True)
             predict.draw_comparison(model, self.sets["val"], out / "viz" / f"step_{step:08d}.png")
             predict.draw_bars(result.per_class, out / f"{result.headline.lower()}_per_class.png")
             self.log.draw_curves()
-            if not result.partial and not result.numbers[result.headline] <= self.best:  # nan is better
-                self.best = result.numbers[result.headline]
-                save_checkpoint(out / "best", model, self.kept, cfg, step, model.meta, resumable=False)
-            summary = dict(step=step, best=self.best, bad=self.bad, **result.numbers)
-            replace(out / "summary.json", json.dumps(summary, indent=1))
         model.train()
 
     def fit(self, first: int, stop: Stop) -> int:
@@ -985,8 +981,12 @@ class Trainer:
             parts = [next(batches) for _ in range(self.accumulate)]
             self.lap("data")
             norm, stopping = self.agree(parts, stop)
-            if stopping:
+            if stopping or len(self.bad) > cfg.max_bad:
                 self.save(step)
+            if len(self.bad) > cfg.max_bad:
+                raise ValueError(f"{cfg.data}: {len(self.bad)} undecodable training images, --max-bad is "
+                                 f"{cfg.max_bad}; check the data with data.py --decode, then --resume")
+            if stopping:
                 self.log.say(f"stopped by a signal at step {step}; continue with --resume")
                 return stop.code()
             losses, gradient = self.step(step, parts, norm)
@@ -998,7 +998,7 @@ class Trainer:
             if reports:
                 self.report(done, losses, gradient, time.time() - began, done - since)
                 began, since = time.time(), done
-            if saves:
+            if saves or judges:  # a signal is answered after the evaluation
                 self.save(done)
             if judges:
                 self.evaluate(done)
@@ -1107,12 +1107,12 @@ def open_data(cfg: Config, task, rank: int, begin) -> dict[str, data.SegmentData
         print(f"notice: {cfg.encoder_weights} is there and used as it is; delete it to make a new one")
     elif rank == 0 and toy:
         pretrain_toy(cfg.encoder_weights, vocab.SHAPES_OPEN, cfg.pretrain_steps, cfg.seed)
-    if dist.is_initialized():
-        dist.barrier()
+    evaluation.gather(None)  # all find both
     transform = data.Augment(cfg.size, cfg.scale, cfg.color_jitter)
     hidden = set(range(len(task.vocabulary.names))) - set(seen)
-    return dict(train=data.SegmentDataset(cfg.data, task, "train", transform, hidden, cfg.split_policy),
-                val=data.SegmentDataset(cfg.data, task, "val"))
+    return evaluation.in_turn(lambda: dict(
+        train=data.SegmentDataset(cfg.data, task, "train", transform, hidden, cfg.split_policy),
+        val=data.SegmentDataset(cfg.data, task, "val")))
 
 
 def open_model(cfg: Config, task, rank: int, sets, begin) -> eomt.OpenVocabEoMT:
@@ -1131,6 +1131,7 @@ def open_model(cfg: Config, task, rank: int, sets, begin) -> eomt.OpenVocabEoMT:
     model.meta |= dict(stage=cfg.stage, encoder=cfg.encoder, split=cfg.split, split_policy=cfg.split_policy,
                        languages=cfg.languages, template=cfg.templates, thresholds=evaluation.THRESHOLDS,
                        trained=[dataclasses.asdict(task.vocabulary), list(seen)], seen=list(seen),
+                       unseen=list(vocab.split(task.vocabulary, cfg.split)[1]) if cfg.split else [],
                        ov={key: getattr(cfg, key) for key in evaluation.OV_KEYS},
                        counts=sets["train"].class_counts().tolist() if sets else [])
     if sets:  # what calibration would refuse after the training is refused now
@@ -1142,14 +1143,20 @@ def open_model(cfg: Config, task, rank: int, sets, begin) -> eomt.OpenVocabEoMT:
 def start(trainer: Trainer) -> int:
     """Weights of the first step, and its number; a full or read-only disk is found now, not in an hour."""
     cfg, log, model = trainer.cfg, trainer.log, trainer.raw
+    replaces, notes = trainer.rank == 0 and claim(log.out, cfg), []
+    if not cfg.stage and not (cfg.resume and run_steps(log.out)):
+        load_start(model, cfg, notes.append)
+    evaluation.gather(None)  # the old run goes when all ranks have their weights, which may lie in it
     if trainer.rank == 0:
-        claim(log.out, cfg)
+        if replaces:
+            shutil.rmtree(log.out)
+        log.out.mkdir(parents=True, exist_ok=True)
+        (log.out / "log.txt").touch()
         tidy(log.out)
-    if trainer.world > 1:
-        dist.barrier()
+    evaluation.gather(None)  # a resume looks into what is tidy
     first = resume(log.out, model, trainer.kept, cfg, log.say) if cfg.resume else 0
-    if not first and not cfg.stage:
-        load_start(model, cfg, log.say)
+    for note in notes:
+        log.say(note)
     if cfg.resume:
         summary = log.summary()
         trainer.best = summary.get("best", -1.0)
@@ -1181,7 +1188,7 @@ def run(cfg: Config, origin: dict) -> int:
     inherit(cfg, origin, begin, task.vocabulary)
     sets = None if cfg.dry_run else open_data(cfg, task, rank, begin)
     images = len(sets["train"]) if sets else IMAGES.get(cfg.task, cfg.batch_size)
-    cfg.steps = cfg.steps or max(1, int(cfg.epochs * (images // cfg.batch_size)))
+    cfg.steps = cfg.steps or max(1, int(cfg.epochs * max(1, images // cfg.batch_size)))
     shorten_warmup(cfg, origin)
     model = open_model(cfg, task, rank, sets, begin) if cfg.stage else make_model(cfg, task.vocabulary)
     if cfg.size % (patch := model.encoder.patch):

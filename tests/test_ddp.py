@@ -73,6 +73,33 @@ def processes(out):
     return found
 
 
+def test_annotations_are_parsed_once_a_machine(shapes, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def tell(rank):
+        parse, *rest = data.PARSERS["panoptic"]
+        data.PARSERS["panoptic"] = lambda table: print("parsed by", rank) or parse(table), *rest
+
+    done = two(tmp_path / "run", shapes, patch=tell)
+    assert done.wait() == [0, 0], done.text()
+    assert done.text().count("parsed by 0") == 2 and "parsed by 1" not in done.text()  # train and val
+
+
+def test_bad_images_of_all_ranks_are_counted_once(shapes, tmp_path):  # noqa: F811
+    def broken(rank):
+        item = data.SegmentDataset.__getitem__
+        faults = ["a.jpg: cut", f"b{rank}.jpg: cut"]
+        data.SegmentDataset.__getitem__ = lambda self, key: item(self, key)._replace(
+            faults=faults if self.transform else ())
+
+    done = two(tmp_path / "run", shapes, "--workers", "0", "--max-bad", "3", patch=broken)
+    assert done.wait() == [0, 0], done.text()
+    assert " bad 3" in done.text() and done.text().count("a.jpg: cut") == 1
+    done = two(tmp_path / "other", shapes, "--workers", "0", "--max-bad", "2", patch=broken)
+    assert 1 in done.wait() and "3 undecodable training images, --max-bad is 2" in done.text()
+    assert train.run_steps(tmp_path / "other")
+
+
 @pytest.mark.parametrize("device_batch", [2, 1])
 def test_training_two_ranks_equal_one(straight, shapes, tmp_path, device_batch):  # noqa: F811
     """Same seeds, same order, same random points: only the order of sums differs, also with accumulation."""

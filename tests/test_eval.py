@@ -254,12 +254,38 @@ def test_exports_of_one_name_in_two_folders(tmp_path, kind):
     for k, name in enumerate(("a/1.jpg", "b/1.jpg", "2.v1.jpg")):
         panoptic = eomt.Panoptic(ids, torch.tensor([k]), torch.ones(1))
         export(panoptic if kind == "panoptic" else ids.long() * k, data.Sample(None, None, name, k))
-    export.finish(0, 1)
+    export.finish(0)
     assert sorted(str(p.relative_to(tmp_path / "out")) for p in tmp_path.glob("out/**/*.png")) == [
         "2.v1.png", "a/1.png", "b/1.png"]
     if kind == "panoptic":
         rows = json.loads((tmp_path / "out.json").read_text())["annotations"]
         assert [row["file_name"] for row in rows] == ["a/1.png", "b/1.png", "2.v1.png"]
+
+
+@pytest.mark.parametrize("name", ["/tmp/x/y.jpg", "../../x.jpg", "a/../../x.jpg"])
+@pytest.mark.parametrize("kind", ["shapes", "ade20k_semantic"])
+def test_exports_stay_in_their_folder(tmp_path, kind, name):
+    export, ids = evaluation.Export(str(tmp_path / "a/b/out"), data.TASKS[kind]), torch.ones(4, 4).int()
+    result = eomt.Panoptic(ids, torch.tensor([1]), torch.ones(1)) if kind == "shapes" else ids.long()
+    with pytest.raises(ValueError, match="leads out of .*/a/b/out; rename it"):
+        export(result, data.Sample(None, None, name, 1))
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_equal_scores_are_ordered_by_image_id():
+    """As in pycocotools; a file name says nothing, and two images may share one."""
+    mask = torch.zeros(1, 8, 8, dtype=torch.bool)
+    mask[0, :4] = True
+    one = torch.zeros(1, dtype=torch.long)
+    right = eomt.Instances(mask, one, torch.ones(1))
+    true = data.Target.from_masks(mask.numpy(), [0], [False], [32.0])
+    empty = data.Target.from_masks(mask[:0].numpy(), [], [], [])
+    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    for names in (("b.jpg", "a.jpg"), ("a.jpg", "a.jpg")):
+        metric = metrics.MaskAP(1)
+        for target, name, number in zip((true, empty), names, (9, 10), strict=True):
+            evaluation.add_instance(metric, right, data.Sample(image, target, name, number))
+        assert metric.compute()["AP"] == pytest.approx(1.0)
 
 
 # ---- Mistakes of the command line: one line, before any image ----------------------------------------------
@@ -356,8 +382,16 @@ def test_export_into_the_current_folder(monkeypatch, tmp_path):
     """`--save-panoptic .` writes the JSON beside the folder; it failed after the whole evaluation."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    evaluation.Export(".", data.TASKS["shapes"]).finish(0, 1)
+    evaluation.Export(".", data.TASKS["shapes"]).finish(0)
     assert json.loads((tmp_path / "here.json").read_text()) == dict(annotations=[])
+
+
+def test_numbers_that_are_none_are_null(tiny, tmp_path, monkeypatch, capsys):
+    """NaN is no JSON."""
+    result = evaluation.Result(dict(PQ=1.5, PQ_unseen=float("nan")), "PQ", [], 3, 1.0, False)
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_: result)
+    evaluation.run(evaluation.parse(["--ckpt", str(tiny[0]), "--out", str(tmp_path / "x.json")]))
+    assert json.loads((tmp_path / "x.json").read_text()) == dict(PQ=1.5, PQ_unseen=None, images=3)
 
 
 def test_data_of_the_training_is_gone(said, tiny, tmp_path):

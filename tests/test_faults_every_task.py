@@ -335,7 +335,7 @@ def test_bad_image_in_a_run(world, tmp_path, capsys):
     size = str(len(SegmentDataset(root, task, "train")))
     out = trained(root, tmp_path / "run", "--task", task, "--batch-size", size)
     text = capsys.readouterr()
-    assert re.search(r"step 2/2 .* bad 2$", text.out, re.M), text.out
+    assert re.search(r"step 2/2 .* bad 1$", text.out, re.M), text.out  # met in both epochs
     assert len(re.findall(re.escape(places("train")["image"][-1]), text.out + text.err)) == 1
     change(root, places("val")["image"], lambda old: old[: len(old) // 2])
     argv = ["--ckpt", str(out), "--workers", "0"]

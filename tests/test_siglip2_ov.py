@@ -497,6 +497,14 @@ def test_region_probe(world, stages, capsys):
     assert "map: things" in capsys.readouterr().out
 
 
+def test_region_probe_of_a_split(world, stages, capsys):
+    """Its groups are the split's; a bare tower has been trained on none of them."""
+    rows = eval_here("--ckpt", world / "tower", "--gt-masks", "--data", world / "data", "--task",
+                     "shapes_open", "--templates", "plain", "--split", "shapes")
+    assert rows["map"].keys() == {"things", "stuff", "seen", "unseen"}
+    assert "were trained on" not in capsys.readouterr().err
+
+
 def test_eval_other_vocabulary(world, stages, tmp_path, capsys):
     """Another data set with its own names; seen = shares a word with a class that was trained."""
     data.write_shapes(tmp_path, data.TASKS["shapes"].vocabulary, 2, 6, 1)
@@ -524,6 +532,97 @@ def test_predict_prompts_json(world, stages, photo, tmp_path):
         assert row["name"] in WORDS.names and row["area"] > 0
         assert all(0 <= row[key] <= 1 for key in ("score", "score_in", "score_out", "presence"))
         assert np.linalg.norm(row["embedding"]) == pytest.approx(1, abs=1e-4) and len(row["embedding"]) == 64
+
+
+def test_export_of_an_open_model(world, stages, val, tmp_path):
+    """Runs elsewhere with the same numbers on pictures like those of training: one-word prompts were NaN."""
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    images = torch.stack([val[i].image for i in range(6)])
+    for words in ([], ["--prompts", "red ring", "--background", "none"]):
+        args = predict.parser().parse_args(["--ckpt", str(world / "A"), *words])
+        model, path = predict.load_model(args), tmp_path / f"{len(words)}.onnx"
+        assert predict.export(model, path) < 1e-3
+        with torch.no_grad():
+            want = model.eval()(images)[-1]
+        got = runtime.InferenceSession(str(path)).run(None, {"images": images.numpy()})
+        for ours, theirs in zip(want, got, strict=True):
+            torch.testing.assert_close(torch.from_numpy(theirs), ours, atol=1e-3, rtol=1e-4)
+
+
+def tiny_model():
+    return eomt.EoMT(eomt.ViT(8, 1, 1, 8, (2, 2)), 8, 2, 1)
+
+
+def test_export_that_gives_nan_is_told(tmp_path, monkeypatch):
+    """max([1e-5, nan]) is 1e-5 in Python: the check passed over what it was for."""
+    eomt.save(tmp_path / "m.safetensors", tiny_model(), task="shapes")
+    model = eomt.load(tmp_path / "m.safetensors")
+
+    def broken(images):
+        masks, classes = model(images)[-1]
+        return masks, classes * math.nan
+
+    monkeypatch.setattr(torch.export, "load", lambda path: SimpleNamespace(module=lambda: broken))
+    assert math.isnan(predict.export(model, tmp_path / "m.pt2"))
+    with pytest.raises(ValueError, match=r"m\.pt2: gives NaN .*; "):
+        predict_here("--ckpt", tmp_path / "m.safetensors", "--export", tmp_path / "m.pt2")
+
+
+@pytest.mark.parametrize("size", [(1500, 1), (1, 1500), (3, 900), (64, 64)])
+def test_pictures_of_thin_photos(size, tmp_path):
+    """One pixel wide: a width of 0 ended the training; one high: 990008 x 896 took 6.7 GB."""
+    model = tiny_model()
+    model.meta |= dict(kind="panoptic", size=32, names=list("abcdefgh"), thing=[True] * 8)
+    image, masks = torch.full((3, *size), 99, dtype=torch.uint8), np.ones((1, *size), bool)
+    sample = data.Sample(image, data.Target.from_masks(masks, [2], [False], [1.0]), "x.jpg", 1)
+    predict.draw_comparison(model.eval(), [sample], tmp_path / "x.png")
+    width, height = Image.open(tmp_path / "x.png").size
+    assert height == 224 and 3 * 50 < width < 3 * 1000
+
+
+@pytest.mark.parametrize("mode, kind", [("I;16", "png"), ("I;16", "tiff"), ("I", "tiff"), ("F", "tiff")])
+def test_predict_deep_pictures_are_refused(tmp_path, mode, kind):
+    """Pillow's RGB of 16 bits is white from 256 on."""
+    dtype = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+    path = tmp_path / f"x.{kind}"
+    Image.fromarray((np.arange(64).reshape(8, 8) * 1000).astype(dtype)).save(path)
+    with pytest.raises(ValueError, match=rf"^{path}: more than 8 bits a channel .*; convert it to 8 bits$"):
+        predict.open_image(path)
+
+
+def test_predict_opens_every_kind_of_8_bits(tmp_path):
+    for mode in ("1", "L", "LA", "P", "RGB", "RGBA"):
+        Image.new(mode, (6, 4)).save(tmp_path / "x.png")
+        assert predict.open_image(tmp_path / "x.png").shape == (3, 4, 6)
+    picture = Image.new("RGB", (6, 4))
+    (exif := picture.getexif())[0x0112] = 6
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    assert predict.open_image(tmp_path / "turned.jpg").shape == (3, 6, 4)
+    (tmp_path / "folder.jpg").mkdir()
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"  # for Ghostscript
+    cases = {"empty.jpg": b"", "script.jpg": script, "cut.jpg": b"\xff\xd8\xff\xe0", "folder.jpg": None}
+    for name, content in cases.items():
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"^{tmp_path / name}: ") as error:
+            predict.open_image(tmp_path / name)
+        assert "\n" not in str(error.value) and (content is None or "not a picture" in str(error.value))
+
+
+@pytest.mark.parametrize("names, ids", [
+    (("000139", "000285"), [139, 285]), (("a", "b", "1"), [0, 1, 2]), (("1", "01", "7"), [0, 1, 2]),
+    (("\u00b2", "5"), [0, 1]), (("\u0663", "4"), [3, 4]), (("5", "x"), [0, 1])])
+def test_predict_image_ids_are_unique(tmp_path, names, ids):
+    """Numbers of the names if every name has its own, else those of the row."""
+    eomt.save(tmp_path / "m.safetensors", tiny_model(), task="shapes")
+    for name in names:
+        Image.new("RGB", (20, 30)).save(tmp_path / f"{name}.jpg")
+    paths = [tmp_path / f"{name}.jpg" for name in names]
+    predict_here(*paths, "--ckpt", tmp_path / "m.safetensors", "--out", tmp_path / "out")
+    rows = json.loads((tmp_path / "out" / "predictions.json").read_text())["annotations"]
+    assert [row["image_id"] for row in rows] == ids
+    assert [row["image"] for row in rows] == [path.name for path in paths]
 
 
 def test_predict_background_takes_masks(world, stages, photo, tmp_path):
@@ -755,3 +854,34 @@ def test_wandb_offline_has_the_keys_of_metrics(world, tmp_path):
     want = {key for row in rows for key in row} - {"step"}
     assert want <= history.keys() and {"a", "b"} <= set(tags)
     assert history["PQ_unseen"] == pytest.approx(rows[-1]["PQ_unseen"])
+
+
+# ---- The procedural world at full length: bounds that both seeds of its design passed ----------------------
+@pytest.mark.slow
+def test_quick_stage_a_meets_its_bounds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg, origin = train.parse(["--quick", "--stage", "A", "--workers", "0"])
+    assert train.run(cfg, origin) == 0
+    model, val = eomt.load(cfg.out), data.SegmentDataset(cfg.data, "shapes_open", "val")
+    head, unseen, thing = model.class_head, model.meta["unseen"], torch.tensor(vocab.SHAPES_OPEN.thing)
+
+    # zero-shot: which of 25 things does an image show?
+    images, visible = train.toy_scenes(vocab.SHAPES_OPEN, 300, 9, 1)
+    with torch.no_grad():
+        pooled = model.encoder.head(model.encoder((images.float() / 255 - model.mean) / model.std))  # (n, C)
+    logits = (pooled @ head.rows.T).masked_fill(~thing[head.owner], -torch.inf)  # (n, R)
+    true = (visible & thing).float().argmax(1)
+    right = head.owner[logits.argmax(1)] == true
+    assert right[head.seen[true]].float().mean() > 0.5
+
+    regions = eval_here("--ckpt", cfg.out, "--gt-masks")
+    assert regions["map"]["stuff"] > 90 and regions["map"]["things"] > 40
+    assert max(regions["mean"].values()) < 10
+
+    whole = eval_here("--ckpt", cfg.out).numbers
+    inside = eval_here("--ckpt", cfg.out, "--ov-alpha", 0, "--ov-beta", 0).numbers
+    assert whole["PQ_seen"] > 40 and whole["PQ_unseen"] > max(25, 1.3 * inside["PQ_unseen"])
+    rows, at = head.rows.clone(), [int((head.owner == k).nonzero()) for k in unseen]
+    rows[at] = head.rows[at[1:] + at[:1]]
+    head.set_classes(rows, head.owner, head.seen)
+    assert whole["PQ_unseen"] > 5 * evaluation.evaluate(model, val).numbers["PQ_unseen"]

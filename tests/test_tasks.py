@@ -244,7 +244,7 @@ def test_exports_give_our_numbers_in_the_official_tools(tmp_path, monkeypatch):
         model.meta = dict(kind=kind, names=words.names, thing=words.thing, size=16)
         export = evaluation.Export(str(tmp_path / f"{kind}.out"), task)
         ours = evaluation.evaluate(model, dataset, exports=[export]).numbers
-        export.finish(0, 1)
+        export.finish(0)
         if kind == "panoptic":
             truth, folder = (
                 root / "annotations" / "panoptic_val2017.json",

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from PIL import Image
 
 import data
 import eomt
+import eval as evaluation
 import predict
 import train
 import vocab
@@ -323,7 +325,7 @@ def test_predict_command(short_run, tmp_path):
     assert done.returncode == 1 and re.fullmatch(r"error: .*cut\.jpg: cannot be decoded.*\n", done.stderr)
     (tmp_path / "aa.jpg").write_bytes(b"")
     done = run("predict.py", tmp_path, "--ckpt", short_run[0], "--out", tmp_path / "rest")
-    line = r"error: .*aa\.jpg: cannot be decoded.* \(and 1 more of 4 images\)\n"  # and the others are there
+    line = r"error: .*aa\.jpg: 0 bytes, not a pic.* \(and 1 more of 4 images\)\n"  # and the others are there
     assert done.returncode == 1 and re.fullmatch(line, done.stderr)
     rows = json.loads((tmp_path / "rest" / "predictions.json").read_text())["annotations"]
     assert [row["image"] for row in rows] == ["a.png", "b.jpg"] and (tmp_path / "rest" / "b.png").exists()
@@ -340,8 +342,92 @@ def test_overwrite_leaves_models_of_others_alone(tmp_path):
             train.claim(tmp_path, train.Config(**flags))
     assert len(list(tmp_path.iterdir())) == 2
     (tmp_path / "log.txt").touch()
-    train.claim(tmp_path, train.Config(overwrite=True))
-    assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]  # a run before its first words
+    assert train.claim(tmp_path, train.Config(overwrite=True))  # a run before its first words
+    assert len(list(tmp_path.iterdir())) == 3  # it goes when the new one has its weights
+
+
+def test_overwrite_removes_the_old_run_only_for_one_that_starts(short_run, shapes, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(short_run[0], out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for flags, words in ((("--init", "/no/such"), "no such checkpoint"),
+                         (("--encoder-weights", "/no/such.bin"), "/no/such.bin")):
+        done = run("train.py", *TINY, "--data", shapes, "--out", out, "--overwrite", *flags)
+        assert done.returncode == 1 and words in done.stderr, done.stderr
+        assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    done = run("train.py", *TINY, "--data", shapes, "--out", out, "--overwrite", "--init", out)
+    assert done.returncode == 0 and f"weights from {out}" in done.stdout, done.stderr
+    assert f"weights from {out}" in (out / "log.txt").read_text()
+    assert not set(before) - {path for path in out.rglob("*") if path.is_file()}
+
+
+def trainer(shapes, out, *flags):
+    """A Trainer of a tiny run in this process, and what to call it with."""
+    cfg, origin = train.parse([*TINY, "--workers", "0", "--data", str(shapes), "--out", str(out), *flags])
+    return lambda: train.run(cfg, origin)
+
+
+def test_pictures_that_fail_lose_no_checkpoint(shapes, tmp_path, monkeypatch, capsys):
+    """What is drawn after an evaluation comes after what is kept of it."""
+    monkeypatch.setattr(predict, "draw_comparison", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer(shapes, tmp_path, "--eval-every", "3", "--eval-limit", "0")()
+    assert (tmp_path / "best" / "model.safetensors").exists()
+    assert json.loads((tmp_path / "summary.json").read_text())["step"] == 3
+    assert [path.name for path in train.run_steps(tmp_path)] == ["step-00000003", "step-00000002"]
+
+
+def test_resume_of_a_config_goes_on_in_its_folder(short_run, tmp_path):
+    config = str(short_run[0] / "config.json")
+    assert train.parse(["--config", config, "--resume"])[0].out == str(short_run[0])
+    assert train.parse(["--config", config, "--resume", "--out", "x"])[0].out == "x"
+    assert train.parse(["--config", config])[0].out != str(short_run[0])  # another run of the same settings
+
+
+def test_bad_images_are_counted_once(shapes, tmp_path, monkeypatch, capsys):
+    """One that comes with every epoch is one; one more than --max-bad ends the run, which can go on."""
+    bad, item = {"a.jpg"}, data.SegmentDataset.__getitem__
+
+    def broken(self, key):
+        sample = item(self, key)
+        return sample._replace(faults=[f"{name}: cut" for name in sorted(bad)]) if self.transform else sample
+
+    monkeypatch.setattr(data.SegmentDataset, "__getitem__", broken)
+    begin = trainer(shapes, tmp_path, "--max-bad", "1")
+    assert begin() == 0
+    said = capsys.readouterr()
+    assert "bad 1" in said.out and "bad 2" not in said.out and said.err.count("a.jpg") == 1
+    assert json.loads((tmp_path / "summary.json").read_text())["bad"] == 1
+    bad.add("b.jpg")
+    with pytest.raises(ValueError, match="2 undecodable training images, --max-bad is 1; .* --resume$"):
+        trainer(shapes, tmp_path, "--max-bad", "1", "--overwrite")()
+    assert train.run_steps(tmp_path)  # what was trained until then
+
+
+def test_small_data_trains_its_epochs(shapes, tmp_path, capsys):
+    """Fewer images than the batch: an epoch is a step, as many as were asked for."""
+    argv = ["--task", "shapes", "--encoder", "tiny", "--data", shapes, "--batch-size", "50", "--epochs", "5"]
+    cfg, origin = train.parse([*map(str, argv), "--num-points", "16", "--workers", "0", "--eval-limit", "1",
+                               "--out", str(tmp_path), "--device-batch-size", "1", "--size", "32"])
+    assert train.run(cfg, origin) == 0 and cfg.steps == 5
+    capsys.readouterr()
+
+
+def test_unseen_classes_are_those_of_the_split(monkeypatch):
+    """ovcoco_48_17 passes over 15 things: they are in neither group of the numbers."""
+    flags = ["--data", "x", "--task", "coco_panoptic", "--stage", "A", "--split", "ovcoco_48_17", "--dry-run"]
+    cfg, _ = train.parse(flags)
+    model = train.open_model(cfg, data.TASKS["coco_panoptic"], 0, None, None)
+    groups = evaluation.split_groups(model.meta | dict(thing=vocab.COCO_PANOPTIC.thing,
+                                                       names=vocab.COCO_PANOPTIC.names))
+    assert (len(groups["seen"]), len(groups["unseen"]), len(groups["unseen_th"])) == (101, 17, 17)
+
+
+def test_ade_panoptic_is_told_where_it_starts_from(monkeypatch):
+    said = []
+    cfg, _ = train.parse(["--data", "x", "--task", "ade20k_panoptic", "--encoder-weights", "random"])
+    train.load_start(None, cfg, said.append)
+    assert len(said) == 1 and "--init" in said[0] and "COCO panoptic" in said[0]
 
 
 def test_existing_run_is_kept(short_run, shapes):
