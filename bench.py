@@ -8,8 +8,7 @@ that we are faster. Calls of a case alternate and take random inputs in turn.
 
 Rivals do the same work on the same inputs; `error` is how far a result is from ours or from float64.
 kernels: PyTorch's attention in several ways, upstream EoMT's first, and plain modules; model, train: EoMT of
-transformers with our weights; data: upstream's loader; metrics: the official tools, and hotcoco in Rust.
-"""
+transformers with our weights; data: upstream's loader; metrics: the official tools, and hotcoco in Rust."""
 # SPDX-License-Identifier: MIT
 import contextlib
 import copy
@@ -21,7 +20,7 @@ import sys
 import tempfile
 import time
 from functools import partial
-from operator import itemgetter
+from operator import itemgetter, sub
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,6 +34,7 @@ import eomt
 import metrics
 import vocab
 from kernels import ahead, masked_attention, pack_mask, panoptic_merge
+from kernels.masked_attention import unpack
 from losses import SetLoss
 
 PEAK, BANDWIDTH = 790e12, 4.3e12  # FLOP/s of a bf16 product of 8192^3, byte/s of a copy, both on a Hopper
@@ -61,9 +61,9 @@ def clock(run, call, first, repeat=1):
 
 def compare(run, case, calls, work=0.0, unit="image/s", floor=None, error=None):
     """Time calls (name -> function of an input number, or the reason why it does not run), print their table.
-
-    work: what one call does, rate = work / seconds; floor: seconds that no call on Hopper goes below; error:
-    what a call gives for input 0, and what the first one, ours, gives -> how far off it is."""
+    work: what one call does, rate = work / seconds; floor: seconds that no call on Hopper goes below, known
+    for FLOP and bytes; error: what a call and what ours, the first, give for input 0 -> how far off."""
+    floor = floor or work / {"GFLOP/s": PEAK, "GB/s": BANDWIDTH}.get(unit, float("inf"))
     print(f"\n**{case}**\n\n{TABLE}", flush=True)
     repeat, samples, errors, total, first = {}, {}, {}, 0, None
     with contextlib.redirect_stdout(io.StringIO()):  # some rivals talk
@@ -72,7 +72,7 @@ def compare(run, case, calls, work=0.0, unit="image/s", floor=None, error=None):
                 for i in (1, 2):  # compiles, fills caches; the second call records a CUDA graph
                     call(i)
                 first = call(0) if first is None else first
-                errors[name] = error(call(0), first) if error else None
+                errors[name] = abs(error(call(0), first)) if error else None
                 seconds, samples[name] = clock(run, call, 1)[0], []
                 repeat[name] = min(100, max(1, int(0.02 / seconds)))
                 total += repeat[name] * seconds
@@ -96,9 +96,8 @@ def show(run, case, name, samples, ratio=None, work=0.0, unit="image/s", floor=N
     peak = max(peak for _, peak in samples) if run.cuda else None
     rate = work / median / (1e9 if unit[0] == "G" else 1) if work else None
     share = 100 * floor / median if floor and run.cuda else None
-    run.rows.append(dict(case=case, name=name, median=median, p20=p20, p80=p80, samples=len(samples),
-                         ours_over_it=ratio, rate=rate, unit=unit, floor_percent=share, peak_mb=peak,
-                         error=error))
+    run.rows += [dict(case=case, name=name, median=median, p20=p20, p80=p80, samples=len(samples), rate=rate,
+                      ours_over_it=ratio, unit=unit, floor_percent=share, peak_mb=peak, error=error)]
     values = {"{:.2f}": ratio, "{:.3g} " + unit: rate, "{:.0f}": share, "{:.1f}": peak, "{:.1e}": error}
     texts = ["-" if value is None else form.format(value) for form, value in values.items()]
     times = f"{1e3 * median:.4g} ({1e3 * p20:.4g} / {1e3 * p80:.4g})"
@@ -188,11 +187,12 @@ def bench_attention(run, size, batch):
                 attention_step(attend, qkv[i % 3], late(ready[i % 3]), grad)
         calls |= {} if run.cuda else dict.fromkeys(("split SDPA, compiled", "FlexAttention"), "CUDA only")
         work = passes * 4 * batch * tokens**2 * row["width"]
-        compare(run, f"masked attention, {case}, {title}", calls, work, "GFLOP/s", work / PEAK, lambda got, _:
+        compare(run, f"masked attention, {case}, {title}", calls, work, "GFLOP/s", error=lambda got, _:
                 distance([got[0][:1, :, :hd], *(g[:1, :, :, :1] for g in got[1:])], want[:len(got)]))
     moved = logits[0].numel() // 4 * logits[0].element_size()  # the middle 2 x 2 of every 4 x 4
     calls = {name: lambda i, make=rivals[name][0]: make(logits[i % 3]) for name in ("ours", "mask[:, None]")}
-    compare(run, f"mask of {tokens} tokens from logits", calls, moved, "GB/s", moved / BANDWIDTH)
+    compare(run, f"mask of {tokens} tokens from logits", calls, moved, "GB/s", error=lambda got, ours:
+            distance([unpack(got, tokens) if got.ndim == 3 else got[:, 0, :queries]], [unpack(ours, tokens)]))
     photo, scores, up = (480, 640), torch.rand(20, device=run.device), partial(F.interpolate, mode="bilinear")
 
     def two(i):
@@ -217,11 +217,11 @@ def bench_upscale(run, size, batch):
               "modules": lambda x: block.norm(stem(x.permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1))}
     rivals |= {"modules, compiled": torch.compile(rivals["modules"])} if run.cuda else {}
     work, title = 2 * batch * side**2 * width * (4 * width + 36), f"{run.encoder} {size}, batch {batch}"
-    calls = {name: torch.no_grad()(lambda i, f=f: f(inputs[i % 3])) for name, f in rivals.items()}
-    compare(run, f"upscale, forward, {title}; error: to ours", calls, work, "GFLOP/s", work / PEAK,
-            lambda got, ours: distance([got], [ours]))
-    calls = {name: lambda i, f=f: f(inputs[i % 3]).backward(grad) for name, f in rivals.items()}
-    compare(run, f"upscale, forward + backward, {title}", calls, 3 * work, "GFLOP/s", 3 * work / PEAK)
+    calls = {name: torch.no_grad()(lambda i, f=f: [f(inputs[i % 3])]) for name, f in rivals.items()}
+    compare(run, f"upscale, forward, {title}", calls, work, "GFLOP/s", error=distance)
+    calls = {name: lambda i, f=f: torch.autograd.grad(f(inputs[i % 3]), [inputs[i % 3], *block.parameters()],
+                                                      grad) for name, f in rivals.items()}
+    compare(run, f"upscale, forward + backward, {title}", calls, 3 * work, "GFLOP/s", error=distance)
 
 
 def ahead_of_time(run):
@@ -255,8 +255,6 @@ def build(run, size):
     """Our model; theirs with the same weights, or None; what to say of a rival that does not run."""
     torch.compiler.reset()  # or another size is compiled for any size, which no script does
     row = {"patch": 16, **eomt.ENCODERS[run.encoder]}
-    if size % row["patch"]:
-        raise ValueError(f"--size {size}: no multiple of the patch size; take a multiple of {row['patch']}")
     model = eomt.EoMT(eomt.ViT(**row, grid=(size // row["patch"],) * 2), 133, 20 if run.quick else 200)
     transformers, theirs = optional("transformers"), None
     if transformers:
@@ -293,8 +291,7 @@ def bench_network(run, size, batch):
     if theirs and run.cuda:
         calls["transformers Eomt, compiled"] = rival(torch.compile(theirs, mode="reduce-overhead"))
     work, title = batch * model_flops(model, size), f"network, {run.encoder} {size}, batch {batch}, {dtype}"
-    compare(run, title, calls, work, "GFLOP/s", work / PEAK,
-            lambda got, _: distance([out[:1] for out in got], want))
+    compare(run, title, calls, work, "GFLOP/s", error=lambda got, _: distance([x[:1] for x in got], want))
 
 
 def bench_processing(run):
@@ -348,13 +345,13 @@ def bench_loss(run):
     calls.setdefault("transformers Mask2FormerLoss", "not installed")
     compare(run, f"set loss, {layers} layers, batch {batch}, {queries} queries, {count} targets, forward + "
             "backward; error: of the total to ours on other random points", calls, batch,
-            error=lambda got, ours: abs(got[0] / ours[0] - 1).item())
+            error=lambda got, ours: (got[0] / ours[0] - 1).item())
 
 
 def bench_step(run, size, batch):
     """A masked training step in parts, and without data and optimiser against transformers'."""
     model, theirs, missing = build(run, size)
-    optimizer = torch.optim.AdamW(model.train().parameters(), 1e-4, fused=run.cuda)
+    optimizer = torch.optim.AdamW(model.train().parameters(), 0.0, fused=run.cuda)  # theirs stay equal
     criterion, now = SetLoss(133), SimpleNamespace()
     cast = partial(torch.autocast, run.device.type, torch.bfloat16, enabled=run.cuda)
     batches = data.loader(open_photos(run, size), batch, 10**6)
@@ -370,6 +367,7 @@ def bench_step(run, size, batch):
 
     def loss(i):
         now.loss = criterion(now.predictions, now.targets)["loss"]
+        return now.loss
 
     def optimise(i):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
@@ -388,7 +386,7 @@ def bench_step(run, size, batch):
     for name, lap in zip(parts, zip(*laps, strict=True), strict=True):
         share = 100 * np.median([a / b for (a, _), (b, _) in zip(lap, whole, strict=True)])
         show(run, case, f"{name}, {share:.0f} %", lap)
-    calls = {"ours": lambda i: [parts[part](i) for part in ("forward", "loss", "backward")],
+    calls = {"ours": lambda i: [parts[part](i) for part in ("forward", "loss", "backward")][1],
              "transformers Eomt": missing, "transformers Eomt, compiled": missing}
     if theirs:
         theirs.train().attn_mask_probs.fill_(1)
@@ -400,11 +398,13 @@ def bench_step(run, size, batch):
             with cast():
                 total = network(**truth).loss
             total.backward()
+            return total
 
         calls["transformers Eomt"] = rival
         if run.cuda:
             calls["transformers Eomt, compiled"] = partial(rival, network=torch.compile(theirs))
-    compare(run, f"forward + loss + backward, {run.encoder} {size}, batch {batch}", calls, batch, floor=floor)
+    compare(run, f"forward + loss + backward, {run.encoder} {size}, batch {batch}; error: of the loss on "
+            "other random points", calls, batch, floor=floor, error=lambda got, ours: (got / ours - 1).item())
 
 
 # ---- data --------------------------------------------------------------------------------------------------
@@ -505,8 +505,7 @@ def bench_pq(run):
         calls[name] = "not installed"
         if found := optional(module):
             calls[name] = lambda i, f=found: f.pq_compute(*map(str, files))["All"]["pq"]
-    compare(run, f"PQ of {count} maps 480 x 640, which the rivals read from PNG files", calls, count,
-            error=lambda got, ours: abs(got - ours))
+    compare(run, f"PQ of {count} maps 480 x 640, which rivals read from PNG files", calls, count, error=sub)
 
 
 def bench_miou(run):
@@ -522,8 +521,7 @@ def bench_miou(run):
     calls = {"ours": lambda i: evaluate(metrics.MeanIoU(19), 1).compute()["mIoU"], "hotcoco": "not installed"}
     if coco := optional("hotcoco"):
         calls["hotcoco"] = lambda i: evaluate(coco.semantic.SemanticEval(19), -1).report()["metrics"]["mIoU"]
-    compare(run, f"mIoU of {count} maps {height} x {width}", calls, count,
-            error=lambda got, ours: abs(got - ours))
+    compare(run, f"mIoU of {count} maps {height} x {width}", calls, count, error=sub)
 
 
 def bench_ap(run):
@@ -565,8 +563,7 @@ def bench_ap(run):
         with contextlib.redirect_stdout(io.StringIO()):
             calls[name] = partial(official, truth=coco.COCO(str(path)),
                                   evaluation=evaluation.COCOeval) if coco else "not installed"
-    compare(run, f"mask AP of {count} images, 30 detections, 8 objects each, from RLE", calls, count,
-            error=lambda got, ours: abs(got - ours))
+    compare(run, f"mask AP of {count} images, 30 detections, 8 objects, from RLE", calls, count, error=sub)
 
 
 # ---- main --------------------------------------------------------------------------------------------------
@@ -604,6 +601,9 @@ def measure(argv):
     run.encoder, run.size, run.batch = run.encoder or encoder, run.size or size, run.batch or batch
     if min(*run.size, *run.batch, run.threads) < 1:
         raise ValueError("--size, --batch, --threads: numbers from 1 on; see --help")
+    for size in run.size if run.subject in ("kernels", "model", "train") else ():
+        if size % (patch := eomt.ENCODERS[run.encoder].get("patch", 16)):
+            raise ValueError(f"--size {size}: no multiple of the patch size; take a multiple of {patch}")
     if run.json:
         data.writable(run.json)  # what cannot be written is known now, not after the measuring
     torch.set_num_threads(run.threads)

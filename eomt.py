@@ -145,11 +145,8 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Plain ViT. `embed` -> `blocks` -> `norm`; tokens are [cls | registers | patches].
-
-    `grid` is the trained position grid (h, w), resampled to any other; `rope` is the RoPE base (DINOv3) and
-    replaces the position table. Patches are square, `prefix` = 1 + registers.
-    """
+    """Plain ViT: `embed` -> `blocks` -> `norm`; tokens [cls | registers | patches], `prefix` = 1 + registers.
+    `grid`: trained position grid (h, w), resampled to any other; `rope`: RoPE base (DINOv3) instead of it."""
 
     mean, std = IMAGENET_MEAN, IMAGENET_STD
 
@@ -173,9 +170,8 @@ class ViT(nn.Module):
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        for table in (self.cls_token, self.reg_token, self.pos_embed):
-            if table is not None:
-                nn.init.trunc_normal_(table, std=0.02)
+        for table in (self.cls_token, self.reg_token, *([] if rope else [self.pos_embed])):
+            nn.init.trunc_normal_(table, std=0.02)
 
     def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Normalised images (B,3,H,W) -> tokens (B,P+h*w,C) and the patch grid (h,w)."""
@@ -244,7 +240,6 @@ def resample_patch(kernel: Tensor, patch: int) -> Tensor:
 # ---- EoMT --------------------------------------------------------------------------------------------------
 class Prediction(NamedTuple):
     """Logits of one prediction: masks (B,Q,mh,mw), classes (B,Q,K+1) with no-object last."""
-
     masks: Tensor
     classes: Tensor
 
@@ -271,10 +266,8 @@ def default_num_blocks(depth: int) -> int:
 class EoMT(nn.Module):
     """Encoder-only Mask Transformer over an encoder with `embed`, `attention`, `blocks`, `norm`, `width`,
     `patch`, `prefix`, `mean`, `std`. K = num_classes, Q = num_queries.
-
     `forward` returns num_blocks + 1 predictions in training mode and wherever `mask_prob` asks for masked
-    attention, else the final one alone. `meta` is what a checkpoint says of itself (task, classes).
-    """
+    attention, else the final one alone. `meta` is what a checkpoint says of itself (task, classes)."""
 
     def __init__(self, encoder, num_classes, num_queries=200, num_blocks=None):
         super().__init__()
@@ -289,7 +282,7 @@ class EoMT(nn.Module):
         self.class_head = nn.Linear(width, num_classes + 1)
         self.mask_head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width), nn.GELU(),
                                        nn.Linear(width, width))
-        steps = max(1, int(math.log2(encoder.patch)) - 2)  # masks at 1/4 of the image for patch 16 and 14
+        steps = max(1, int(math.log2(encoder.patch)) - 2)  # masks at 1/4 of the image, at 1/7 for patch 14
         self.upscale = nn.Sequential(*(ScaleBlock(width) for _ in range(steps)))
         self.register_buffer("mean", constant(encoder.mean).reshape(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", constant(encoder.std).reshape(1, 3, 1, 1), persistent=False)
@@ -372,7 +365,6 @@ def anneal(step: int, windows: list[tuple[float, float]]) -> list[float]:
 # ---- EoMT with open classes: SigLIP 2 for an encoder, classes are texts ------------------------------------
 class Taught(NamedTuple):
     """A Prediction with the patch tokens (B,N,C) of the adapted encoder and of the same without adapters."""
-
     masks: Tensor
     classes: Tensor
     student: Tensor
@@ -387,17 +379,16 @@ class OpenVocabEoMT(EoMT):
     attention as in EoMT. fuse_last 3 adds two earlier layers to the mask features. query_init: "learnable",
     "text" (`centres` (Q,C_t) of text rows, through a map) or "text+learnable". Training gives classes over
     the head's seen ones and void; evaluation log-probabilities over all. With `distil` set, the last training
-    prediction is a `Taught`.
-    """
+    prediction is a `Taught`."""
 
     def __init__(self, encoder, head, num_queries=200, num_blocks=None, isolate=True, query_blocks="copy",
                  fuse_last=1, query_init="learnable", pool="map", gamma=4.0):
         super().__init__(encoder, len(head.seen), num_queries, num_blocks)
         self.config["open"] = dict(isolate=isolate, query_blocks=query_blocks, fuse_last=fuse_last,
                                    query_init=query_init, pool=pool, gamma=gamma)
-        if not 1 <= fuse_last <= self.num_blocks + 1:
+        if not 1 <= fuse_last <= (self.num_blocks + 1 if isolate else 1):
             raise ValueError(f"fuse_last {fuse_last}: {self.num_blocks} query blocks give 1 to "
-                             f"{self.num_blocks + 1} layers; take one of these")
+                             f"{self.num_blocks + 1} layers, without isolate only 1; take one of these")
         self.class_head, self.isolate = head, isolate
         self.pool, self.gamma, self.adapters, self.distil = pool, gamma, None, False
         self.q_blocks = self.q_norm = None
@@ -457,8 +448,7 @@ class OpenVocabEoMT(EoMT):
         return self.encoder.norm(x)
 
     def ask(self, states, x, grid, mask_prob, noise):
-        """Query rows through their blocks. states: the patches (B,h*w,C) before every block of the encoder,
-        x: after the norm."""
+        """Query rows through their blocks. states: patches (B,h*w,C) before each block, x: after the norm."""
         states, norm = states[-self.num_blocks:], self.q_norm or self.encoder.norm
         blocks = self.q_blocks or self.encoder.blocks[-self.num_blocks:]
         features = x if self.fuse is None else x + sum(
@@ -502,9 +492,13 @@ class OpenVocabEoMT(EoMT):
         """Swaps the vocabulary. names: K strings; thing, seen: K bools, default all and none; prompts: per
         class, per synonym, the texts to average, default the names in the templates of training; weights:
         the text tower, default that of training. Raises ValueError for another tower's text."""
+        import vocab
         from siglip2 import text_rows
-        templates = self.meta.get("templates", ["a photo of a {}.", "a {} in the scene."])
-        prompts = prompts or [[[template.format(name) for template in templates]] for name in names]
+        if isinstance(names, str) or len(set(names)) < len(names):
+            raise ValueError(f"names {names!r:.60}: one string, or a name twice; give a list of all classes")
+        thing = [True] * len(names) if thing is None else list(thing)
+        words = vocab.Vocabulary("names", names, range(1, len(names) + 1), thing)
+        prompts = prompts or vocab.prompts(words, vocab.LANGUAGES, self.meta.get("template", "default"))
         weights = weights or self.meta["text"]
         rows, owner, scale, bias = text_rows(weights, tokenizer or self.meta.get("tokenizer"), prompts, cache)
         head = self.class_head
@@ -514,14 +508,12 @@ class OpenVocabEoMT(EoMT):
                              f"{rows.shape[1]}, here {head.rows.shape[1]}, or its scale); give the right one")
         head.set_classes(rows, owner, [False] * len(names) if seen is None else seen)
         self.config["num_classes"] = len(names)
-        self.meta |= dict(names=list(names), ids=list(range(1, len(names) + 1)),
-                          thing=[True] * len(names) if thing is None else list(thing))
+        self.meta |= dict(names=list(names), ids=list(words.ids), thing=thing, calibration=head.kept)
 
 
 # ---- Post-processing and `segment`, the one inference path -------------------------------------------------
 class Panoptic(NamedTuple):
     """ids int32 (H,W), 0 = void, segment s has id s+1; labels int64 (S,), scores float (S,)."""
-
     ids: Tensor
     labels: Tensor
     scores: Tensor
@@ -529,7 +521,6 @@ class Panoptic(NamedTuple):
 
 class Instances(NamedTuple):
     """masks bool (n,H,W), labels int64 (n,), scores float (n,), best first."""
-
     masks: Tensor
     labels: Tensor
     scores: Tensor
@@ -541,8 +532,7 @@ def panoptic(masks: Tensor, classes: Tensor, window, content, size, thing, score
 
     window: (h,w) of the network input; content: (h,w) of the image in it without padding; thing: K bools.
     Thresholds of upstream's evaluation: class score > 0.8, mask >= 0.5, kept share of a mask >= 0.8 (> 0.8 in
-    transformers). Raises ValueError where `thing` does not fit the classes.
-    """
+    transformers). Raises ValueError where `thing` does not fit the classes."""
     if thing is None or len(thing) != classes.shape[-1] - 1:
         raise ValueError(f"thing: not one bool for each of {classes.shape[-1] - 1} classes; see vocab.py")
     scores, labels = classes.float().softmax(-1).max(-1)  # (Q,), (Q,)
@@ -618,10 +608,9 @@ def fitted(image: Tensor, window: tuple[int, int], kind: str) -> Tensor:
 
 @torch.no_grad()
 def accelerate(model: EoMT, fp8: bool = False, batch: int = 0) -> EoMT:
-    """For inference, in place; never to be moved, saved or trained then. Layers keep what each call would
-    make of their weights: autocast's bf16 on CUDA, oneDNN's layout on a CPU. fp8: the blocks' linear ones are
-    in float8, also on a CPU; each is off by about 4 %. batch > 0: compiled with CUDA graphs for batches of
-    this size, which `segment` then fills up."""
+    """For inference, in place; never to be moved, saved or trained then. Layers keep their weights as a call
+    would make them: bf16 on CUDA, in oneDNN's layout on a CPU. fp8: the blocks' linear ones in float8, also
+    on a CPU, each about 4 % off. batch > 0: CUDA graphs for batches of this size; `segment` fills them up."""
     for name, module in list(model.requires_grad_(False).named_modules()):
         if isinstance(module, Attention) and module.bias_used is not None:
             module.qkv.bias.mul_(module.bias_used)
@@ -661,10 +650,11 @@ def segment(model: nn.Module, images: list[Tensor], kind: str, window: tuple[int
     kind: "panoptic" -> Panoptic, "instance" -> Instances, "semantic" -> int64 class map (H,W).
     window: network input (h,w), default model.meta["size"]; thing: K bools, default model.meta["thing"].
     batch: at most this many windows go through the network at once; sizes: (H,W) of each result, where the
-    images are resized to `fit` already. Raises ValueError for an unknown kind.
-    """
+    images are resized to `fit` already. Raises ValueError for an unknown kind."""
     if kind not in ("panoptic", "instance", "semantic"):
         raise ValueError(f"kind {kind}: unknown; one of panoptic, instance, semantic")
+    if window is None and "size" not in model.meta:
+        raise ValueError("window: none given, and model.meta has no size; give window=(h, w)")
     window, batch = window or (model.meta["size"],) * 2, model.meta.get("batch", batch)
     sizes = sizes or [image.shape[1:] for image in images]
     if kind == "semantic":
@@ -723,19 +713,18 @@ _FILES = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.jso
 # Our names and those of transformers' Eomt: `read` reads by this table, `save` writes by it.
 _HF = (
     ("encoder.cls_token", "embeddings.cls_token"), ("encoder.reg_token", "embeddings.register_tokens"),
-    ("encoder.pos_embed", "embeddings.position_embeddings.weight"),
-    ("encoder.patch_embed.", "embeddings.patch_embeddings.projection."),
-    ("encoder.norm.", "layernorm."), ("encoder.blocks.", "layers."),
-    (".attn.proj.", ".attention.out_proj."),
-    (".ls1", ".layer_scale1.lambda1"), (".ls2", ".layer_scale2.lambda1"),
-    ("q.weight", "query.weight"), ("class_head.", "class_predictor."), ("mask_head.0.", "mask_head.fc1."),
-    ("mask_head.2.", "mask_head.fc2."), ("mask_head.4.", "mask_head.fc3."),
-    ("upscale.", "upscale_block.block."), (".norm.", ".layernorm2d."),
+    ("encoder.pos_embed", "embeddings.position_embeddings.weight"), ("encoder.norm.", "layernorm."),
+    ("encoder.patch_embed.", "embeddings.patch_embeddings.projection."), ("encoder.blocks.", "layers."),
+    (".attn.proj.", ".attention.out_proj."), (".ls1", ".layer_scale1.lambda1"),
+    (".ls2", ".layer_scale2.lambda1"), ("q.weight", "query.weight"), ("class_head.", "class_predictor."),
+    ("mask_head.0.", "mask_head.fc1."), ("mask_head.2.", "mask_head.fc2."),
+    ("mask_head.4.", "mask_head.fc3."), ("upscale.", "upscale_block.block."), (".norm.", ".layernorm2d."),
 )
+_WRAPPED = re.compile(r"^((module|_orig_mod|network)\.)+|(?<=\.)_orig_mod\.")
 # What others write (the published .bin files, timm, transformers' EomtDinov3, Dinov2*, DINOv3ViT), then the
 # table, applied in order. "#q" marks the q part of a packed tensor.
 _ALIASES = [(re.compile(pattern), name) for pattern, name in (
-    (r"^((module|_orig_mod|network)\.)+|(?<=\.)_orig_mod\.", ""),
+    (_WRAPPED, ""),
     (r"^encoder\.backbone\.", "encoder."),
     (r"^(encoder\.|model\.)?(layers?|blocks)\.(?=\d)", "encoder.blocks."),
     (r"^(cls_token|reg_token|pos_embed|patch_embed|norm|mask_token)(?=$|\.)", r"encoder.\1"),
@@ -798,8 +787,7 @@ def find(path: str | Path) -> Path:
     """The weight file of a run folder (best, else the newest step), of a step or Hugging Face folder, of a
     Hugging Face repository (by name, downloaded), or the file itself.
 
-    Raises FileNotFoundError, or ValueError for a damaged checkpoint; in a run folder the next one is taken.
-    """
+    Raises FileNotFoundError, or ValueError for a damaged checkpoint; of a run folder the next is taken."""
     path = Path(path)
     if not path.exists():
         return _download(str(path))
@@ -823,16 +811,20 @@ def find(path: str | Path) -> Path:
 
 def _download(name: str) -> Path:
     """The weight file of a Hugging Face repository, where huggingface_hub is installed and can reach it."""
-    fault = "no such checkpoint; give a run folder, a file or a Hugging Face name"
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).parent.exists():
-        for files in (("config.json", "model.safetensors"), ("pytorch_model.bin",)):
-            try:
-                from huggingface_hub import hf_hub_download
-                return [Path(hf_hub_download(name, file)) for file in files][-1]
-            except (ImportError, OSError, ValueError) as e:  # not installed; offline, not there, not allowed
-                fault = (f"no such file, and not fetched from Hugging Face ({type(e).__name__}); "
-                         f"download model.safetensors or pytorch_model.bin of {name} and give its path")
-    raise FileNotFoundError(f"{name}: {fault}")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).parent.exists():
+        raise FileNotFoundError(f"{name}: no such checkpoint; give a run, a file or a Hugging Face name")
+    try:
+        from huggingface_hub import snapshot_download
+        # Whole or in parts with an index; what is not there is no error. A pickle only where that is all.
+        for files in (["config.json", "model*.safetensors*"], ["pytorch_model.bin"]):
+            folder = Path(snapshot_download(name, allow_patterns=files))
+            if found := [folder / file for file in _FILES if (folder / file).exists()]:
+                return found[0]
+        fault = "no weights there"
+    except (ImportError, OSError, ValueError) as e:  # not installed; offline, no such repository, not allowed
+        fault = type(e).__name__
+    raise FileNotFoundError(f"{name}: no such file, and not fetched from Hugging Face ({fault}); download "
+                            f"model.safetensors or pytorch_model.bin of {name} and give its path")
 
 
 def _raw(path: Path) -> tuple[dict[str, Tensor], dict]:
@@ -943,7 +935,8 @@ def _infer(state, raw, hints) -> dict:
     width, patch = (state["encoder.patch_embed.weight"].shape[axis] for axis in (0, 3))
     hidden = state["encoder.blocks.0.mlp.fc2.weight"].shape[1]
     depth = 1 + max(int(number) for number in re.findall(r"encoder\.blocks\.(\d+)\.", " ".join(state)))
-    rope, eps, side = 100.0, 1e-5, hints.get("image_size", 640) // patch  # DINOv3
+    side = hints.get("image_size", 640 if hints else 0) // patch  # 640 in transformers; 0: `load` takes one
+    rope, eps = 100.0, 1e-5  # DINOv3
     if "encoder.pos_embed" in state:
         rope, eps, side = None, 1e-6, math.isqrt(state["encoder.pos_embed"].shape[1])
     encoder = dict(width=width, depth=depth, heads=hints.get("num_attention_heads", max(1, width // 64)),
@@ -958,18 +951,18 @@ def _infer(state, raw, hints) -> dict:
                 num_queries=len(state["q.weight"]), num_blocks=blocks)
 
 
-def _dialect(origin) -> str:
-    """Whose names a file has, by `origin`: our name -> the file's key, nothing for our own files."""
+def _dialect(keys) -> str:
+    """Whose names a file's keys are; no keys stand for our own files."""
     signs = {r"layers?\.": "Hugging Face's", r"backbone\.": "upstream EoMT's", ".": "timm's",
              "": "this program's"}
-    return next(whose for sign, whose in signs.items() if re.search(sign, " ".join(origin.values())))
+    return next(whose for sign, whose in signs.items() if re.search(sign, " ".join(keys)))
 
 
-def _note(raw, origin, path):
-    """Says what reading a foreign file has changed."""
+def _note(raw, path):
+    """Says what reading a file changes."""
     said = [f"{word} stripped from names" for word in ("module.", "_orig_mod.", "network.")
             if any(word in key for key in raw)]
-    if _dialect(origin) == "Hugging Face's":
+    if _dialect(raw) == "Hugging Face's":
         said.append("Hugging Face names made ours")
     dtypes = {str(value.dtype).removeprefix("torch.") for value in raw.values() if value.is_floating_point()}
     said += [f"{dtype} made float32" for dtype in sorted(dtypes - {"float32"})]
@@ -981,21 +974,20 @@ def read(path: str | Path, base: str | Path | None = None) -> tuple[dict, dict[s
     """Any checkpoint -> (config, state under our names, meta); an encoder alone gives only config["encoder"].
 
     base: the DINOv3 encoder that a model zoo file is the difference to, for those files only.
-    Raises FileNotFoundError or ValueError with one line; nothing in a file is ever executed.
-    """
+    Raises FileNotFoundError or ValueError with one line; nothing in a file is ever executed."""
     path = find(path)
     raw, header = _raw(path)
     bad = [key for key, value in raw.items() if value.is_floating_point() and not value.isfinite().all()]
     if bad:
         raise ValueError(f"{path}!{bad[0]}: NaN or Inf in {len(bad)} tensor(s); use another checkpoint")
     _check_base(path, raw, base)
+    _note(raw, path)
     if header:
         return _checked(header, raw, path)
     beside = path.parent / "config.json"
     hints = _hints(beside) if path.suffix != ".bin" and beside.exists() else {}
     try:
         state, origin = _rename(raw, path)
-        _note(raw, origin, path)
         if not len(state.get("encoder.patch_embed.weight", ())):
             raise ValueError(f"{path}: no EoMT, DINOv2 or DINOv3 by the names of this program, upstream "
                              f"EoMT, timm or Hugging Face ({len(raw)} keys, e.g. {next(iter(raw), '-')}); "
@@ -1003,7 +995,7 @@ def read(path: str | Path, base: str | Path | None = None) -> tuple[dict, dict[s
         _tidy(state)
         config = _infer(state, raw, hints)
     except KeyError as e:
-        raise ValueError(f"{path}: missing {e.args[0]}; read with {_dialect(origin)} names: give a whole "
+        raise ValueError(f"{path}: missing {e.args[0]}; read with {_dialect(raw)} names: give a whole "
                          "checkpoint") from None
     except (IndexError, TypeError, RuntimeError, ArithmeticError) as e:
         raise ValueError(f"{path}: an impossible shape of a tensor ({str(e)[:80]!r}); get it again") from None
@@ -1014,28 +1006,29 @@ def read(path: str | Path, base: str | Path | None = None) -> tuple[dict, dict[s
 
 def _checked(header, raw, path):
     """(config, state, meta) of a header of ours, whose model, built without memory, has the file's shapes."""
+    state = {_WRAPPED.sub("", key): value for key, value in raw.items()}
     with _blame(path, "its header describes no model"), torch.device("meta"):
         config, meta = dict(header["config"]), dict(header["meta"])
         encoder, options = config["encoder"], config.get("open")
-        fits = [encoder["width"] == len(raw["encoder.norm.weight"]), encoder["width"] % encoder["heads"] == 0,
-                len(raw) >= max(encoder["depth"], config["num_blocks"])]
+        width = len(state["encoder.norm.weight"])
+        fits = [encoder["width"] == width, width % encoder["heads"] == 0,
+                len(state) == len(raw) >= max(encoder["depth"], config["num_blocks"])]
         if options is not None:
-            rows, owner = raw["class_head.rows"].shape, raw["class_head.owner"].unique().tolist()
+            rows, owner = state["class_head.rows"].shape, state["class_head.owner"].unique().tolist()
             fits += [[*rows, len(owner)] == [options["rows"], options["text_width"], config["num_classes"]],
                      owner == list(range(len(owner)))]  # every class has a row, and none beyond
         if not all(fits):
-            raise ValueError("sizes that its tensors do not have")
+            raise ValueError("sizes that its tensors do not have, or a name twice")
         model = build(config)
-    _compare(model.state_dict(), raw, path, {})
-    return config, raw, meta
+    _compare(model.state_dict(), state, path, {})
+    return config, state, meta
 
 
 def _check_base(path, raw, base):
     """A file of differences, as the model zoo's DINOv3 ones, needs a base; all others must come without.
 
     Only upstream's spelling of DINOv3 can be one. Trained LayerNorm weights are nearly all positive, their
-    changes have both signs, mostly minus (weight decay); what never changes, as pixel_std, is 0 there.
-    """
+    changes have both signs, mostly minus (weight decay); what never changes, as pixel_std, is 0 there."""
     tokens = next((value for key, value in raw.items() if key.endswith("patch_embed.register_tokens")), None)
     norms = [v.flatten() for k, v in raw.items() if re.search(r"backbone\.(.*\.)?norm[12]?\.weight$", k)]
     still = any(value.abs().sum() < 0.1 for key, value in raw.items() if key.endswith("pixel_std"))
@@ -1066,7 +1059,6 @@ def build(config: dict) -> EoMT:
     if not options:
         return EoMT(ViT(**encoder), **config)
     from siglip2 import OpenVocabHead, VisionTower
-
     tower, count = VisionTower(**encoder), config.pop("num_classes")
     rows, width, adapters = (options.pop(key) for key in ("rows", "text_width", "adapters"))
     with torch.device("cpu"):  # also where the rest is built on "meta": the head looks into its tables
@@ -1102,7 +1094,17 @@ def _compare(own, state, path, origin):
     if some:
         more = sum(map(len, faults)) - len(some)
         raise ValueError(f"{path}: {'; '.join(some)}{f' and {more} more' if more else ''}; read with "
-                         f"{_dialect(origin)} names: give the checkpoint of this model")
+                         f"{_dialect(origin.values())} names: give the checkpoint of this model")
+
+
+def _named_size(path) -> int:
+    """The published size in the name of a file, its folder or repository, else 640; says which it took."""
+    place = re.sub(r"/snapshots/[^/]+", "", str(Path(path).absolute()))  # of a Hugging Face cache
+    sizes = re.findall(r"(?<![^\W_])(?:512|640|1024|1280)(?![^\W_])", "/".join(place.split("/")[-2:]))
+    size, why = (sizes[-1], "from its name") if sizes else (640, "its name has none")
+    print(f"notice: {path} does not say its size; taken as {size} x {size} ({why}); "
+          "give --size if that is wrong", file=sys.stderr)
+    return int(size)
 
 
 def load(path: str | Path, device="cpu", base: str | Path | None = None) -> EoMT:
@@ -1112,6 +1114,8 @@ def load(path: str | Path, device="cpu", base: str | Path | None = None) -> EoMT
     config, state, meta = read(path, base)
     if "num_classes" not in config:
         raise ValueError(f"{path}: an encoder without heads; give it to train.py --encoder-weights")
+    if "origin" in meta and not config["encoder"]["grid"][0]:
+        config["encoder"]["grid"] = [_named_size(path) // config["encoder"]["patch"]] * 2
     with _blame(path, "describes no model"), torch.device("meta"):  # no random weights: slow
         model = build(config)
     fill(model, state, path, meta.pop("origin", None))
@@ -1129,7 +1133,7 @@ def load_encoder(encoder: ViT, path: str | Path):
     """Pretrained DINOv2 / DINOv3 weights (timm, Hugging Face or an EoMT) into `encoder`; kernel and positions
     are resampled to its patch size and grid once, here."""
     config, state, meta = read(path)
-    state = {key: value for key, value in state.items() if key.startswith("encoder.")}
+    heads = ("q.", "class_head.", "mask_head.", "upscale.", "head.")  # not loaded: EoMT's, timm's classifier
     if not config["encoder"]["registers"] and encoder.prefix > 1:
         raise ValueError(f"{path}: weights without the {encoder.prefix - 1} register tokens of this encoder; "
                          "take facebook/dinov2-with-registers-*, or timm's vit_*_patch14_reg4_dinov2")
@@ -1137,7 +1141,7 @@ def load_encoder(encoder: ViT, path: str | Path):
     state[kernel] = resample_patch(state[kernel], encoder.patch)
     if table in state and encoder.pos_embed is not None:
         state[table] = resample_positions(state[table], tuple(grid), encoder.grid)
-    fill(nn.ModuleDict({"encoder": encoder}), state, path, meta.get("origin"))
+    fill(nn.ModuleDict({"encoder": encoder}), state, path, meta.get("origin"), heads)
 
 
 def save(path: str | Path, model: EoMT, format: str = "nanoeomt", **meta):
@@ -1152,8 +1156,7 @@ def save(path: str | Path, model: EoMT, format: str = "nanoeomt", **meta):
     if "open" in config:
         rows, width = model.class_head.rows.shape
         config["open"] = dict(config["open"], rows=rows, text_width=width, adapters=model.adapters)
-    header = json.dumps(dict(config=config, meta=meta))
-    _write(path, model.state_dict(), {_HEADER: header})
+    _write(path, model.state_dict(), {_HEADER: json.dumps(dict(config=config, meta=meta))})
 
 
 def save_adapters(path: str | Path, model: OpenVocabEoMT):
@@ -1198,11 +1201,10 @@ def _hf_state(model, rope, swiglu):
     """The model's tensors under transformers' names, packed ones in parts, and the constants kept there."""
     rows = [*_HF, (".attn.qkv.", ".attention.q_proj. .attention.k_proj. .attention.v_proj.")]
     if rope:
-        rows += [(".projection.", "."), (".out_proj.", ".o_proj."), (".mlp.fc1.", ".mlp.up_proj.")]
-    if swiglu:
-        rows.append((".mlp.fc1.", ".mlp.gate_proj. .mlp.up_proj."))
+        rows += [(".projection.", "."), (".out_proj.", ".o_proj.")]
     if rope or swiglu:
-        rows.append((".mlp.fc2.", ".mlp.down_proj."))
+        first = ".mlp.gate_proj. .mlp.up_proj." if swiglu else ".mlp.up_proj."
+        rows += [(".mlp.fc1.", first), (".mlp.fc2.", ".mlp.down_proj.")]
     state = {"attn_mask_probs": torch.zeros(model.num_blocks),  # evaluation is unmasked
              "criterion.empty_weight": torch.tensor([1.0] * model.config["num_classes"] + [0.1])}
     for key, value in model.state_dict().items():

@@ -1125,8 +1125,7 @@ def open_model(cfg: Config, task, rank: int, sets, begin) -> eomt.OpenVocabEoMT:
     elif rank == 0 and begin:
         print(f"stage {cfg.stage} starts from {cfg.init or cfg.out}")
     seen = seen_classes(task.vocabulary, cfg.split)
-    texts = dict(text=cfg.text_weights or cfg.encoder_weights, tokenizer=cfg.tokenizer,
-                 templates=list(vocab.TEMPLATES[cfg.templates]))
+    texts = dict(text=cfg.text_weights or cfg.encoder_weights, tokenizer=cfg.tokenizer)
     model.meta = {key: begin[2][key] for key in texts} if begin else texts
     model.meta |= dict(stage=cfg.stage, encoder=cfg.encoder, split=cfg.split, split_policy=cfg.split_policy,
                        languages=cfg.languages, template=cfg.templates, thresholds=evaluation.THRESHOLDS,

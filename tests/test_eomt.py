@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -291,17 +292,60 @@ def test_load_parts_missing_or_doubled(tmp_path):
         load(tmp_path / "gap.bin")
 
 
+def fake_hub(tmp_path, monkeypatch):
+    """huggingface_hub whose repositories are folders tmp_path/hub/OWNER/NAME; returns what it has fetched."""
+    fetched = []
+
+    def snapshot_download(name, allow_patterns):
+        if not (tmp_path / "hub" / name).exists():
+            raise FileNotFoundError(name)
+        snapshot = tmp_path / f"models--{name.replace('/', '--')}" / "snapshots" / "0a512b"
+        snapshot.mkdir(parents=True, exist_ok=True)
+        for file in sorted((tmp_path / "hub" / name).iterdir()):
+            if any(fnmatch(file.name, pattern) for pattern in allow_patterns):
+                fetched.append(file.name)
+                shutil.copy(file, snapshot / file.name)
+        return str(snapshot)
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=snapshot_download))
+    return fetched
+
+
+@pytest.mark.parametrize("kind", ["ours", "sharded", "pickle", "both", "neither"])
+def test_load_huggingface_files(tmp_path, monkeypatch, kind):
+    """A repository may hold model.safetensors alone, an index and its parts, or a pickle, fetched last."""
+    from safetensors.torch import save_file
+
+    model, folder = tiny().eval(), tmp_path / "hub" / "someone/small"
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text("not asked for")
+    state, shards = model.state_dict(), [f"model-0000{k}-of-00002.safetensors" for k in (1, 2)]
+    if kind == "sharded":
+        for shard, keys in zip(shards, (list(state)[::2], list(state)[1::2]), strict=True):
+            save_file({key: state[key] for key in keys}, folder / shard)
+        weight_map = {key: shards[k % 2] for k, key in enumerate(state)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        (folder / "config.json").write_text('{"num_blocks": 2, "num_attention_heads": 2}')
+    if kind in ("pickle", "both"):
+        torch.save(state, folder / "pytorch_model.bin")
+    if kind in ("ours", "both"):
+        save(folder / "model.safetensors", model, size=32)
+    fetched = fake_hub(tmp_path, monkeypatch)
+    if kind == "neither":
+        with pytest.raises(FileNotFoundError, match="someone/small: .*no weights.*; download ") as error:
+            load("someone/small")
+        assert "\n" not in str(error.value)
+        return
+    assert torch.equal(load("someone/small").state_dict()["q.weight"], state["q.weight"])
+    want = {"ours": ["model.safetensors"], "both": ["model.safetensors"], "pickle": ["pytorch_model.bin"],
+            "sharded": ["config.json", *shards, "model.safetensors.index.json"]}
+    assert fetched == want[kind]
+
+
 def test_load_huggingface_name(tmp_path, monkeypatch):
     """A repository's name is downloaded, and its config.json is read as in a folder."""
-    theirs, ours = hf_eomt(tmp_path / "hub", heads=4)
-    (tmp_path / "cache").mkdir()
-
-    def fetch(name, file):
-        if name != "someone/small":
-            raise FileNotFoundError(file)
-        return shutil.copy(tmp_path / "hub" / file, tmp_path / "cache" / file)
-
-    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(hf_hub_download=fetch))
+    theirs, ours = hf_eomt(tmp_path / "hub" / "someone/small", heads=4)
+    fake_hub(tmp_path, monkeypatch)
     got = load("someone/small")
     assert got.encoder.config["heads"] == 4  # 64 wide: 1 by the rule of 64
     assert torch.equal(got.q.weight, ours.q.weight)
@@ -394,6 +438,51 @@ def test_load_dinov3_delta(tmp_path, factor):
     with pytest.raises(ValueError, match="delta.bin: differences to an encoder") as error:
         load(tmp_path / "delta.bin")
     assert "\n" not in str(error.value) and "facebook/dinov3" in str(error.value)
+
+
+HUB = "models--tue-mps--{}/snapshots/3f512a640/pytorch_model.bin"
+
+
+@pytest.mark.parametrize("name,side", [
+    ("ade20k_semantic_eomt_large_512_dinov3.bin", 512), ("coco-1280.ckpt", 1280), ("base_640_2x.bin", 640),
+    ("cityscapes_1024/pytorch_model.bin", 1024), (HUB.format("coco_panoptic_eomt_large_1280_dinov3"), 1280),
+    ("a_1280/b_512.bin", 512), ("a_1280/b/c.bin", None), ("delta.bin", None), ("eomt_15120.bin", None),
+    ("large_500.bin", None), (HUB.format("eomt"), None)])
+def test_load_size_of_a_rope_model_is_said(tmp_path, capsys, name, side):
+    """No position table tells the size: the published number in the name is taken, else 640, and said."""
+    model = tiny(patch=16, rope=100.0, eps=1e-5)
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), tmp_path / name)
+    size, why = side or 640, "from its name" if side else "its name has none"
+    wanted = (f"notice: {tmp_path / name} does not say its size; taken as {size} x {size} ({why}); "
+              "give --size if that is wrong\n")
+    got = load(tmp_path / name)
+    assert got.meta["size"] == size and got.encoder.config["grid"] == [size // 16] * 2
+    assert capsys.readouterr().err == wanted
+    if name.endswith("pytorch_model.bin"):  # the folder's name does as well
+        assert load((tmp_path / name).parent).meta["size"] == size
+
+
+def test_load_size_of_a_rope_model_by_its_repository(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "hub" / "tue-mps/ade20k_semantic_eomt_large_512_dinov3"
+    folder.mkdir(parents=True)
+    torch.save(tiny(patch=16, rope=100.0, eps=1e-5).state_dict(), folder / "pytorch_model.bin")
+    fake_hub(tmp_path, monkeypatch)
+    assert load("tue-mps/ade20k_semantic_eomt_large_512_dinov3").meta["size"] == 512
+    assert "dinov3 does not say its size; taken as 512 x 512 (from its name)" in capsys.readouterr().err
+
+
+def test_load_size_that_a_file_says(tmp_path, capsys):
+    """A position table, a config.json, our header: whatever the name, nothing is guessed and nothing said."""
+    rope = tiny(patch=16, rope=100.0, eps=1e-5)
+    save(tmp_path / "hf_512", rope, format="hf")
+    save(tmp_path / "m_512.safetensors", rope, size=96)
+    torch.save(tiny(patch=16).state_dict(), tmp_path / "positions_512.bin")
+    torch.save({k[8:]: v for k, v in rope.state_dict().items() if k[:8] == "encoder."}, tmp_path / "base.bin")
+    sizes = [load(tmp_path / name).meta["size"]
+             for name in ("hf_512", "m_512.safetensors", "positions_512.bin")]
+    load_encoder(rope.encoder, tmp_path / "base.bin")  # a training run has its own size
+    assert sizes == [64, 96, 64] and "notice" not in capsys.readouterr().err
 
 
 def test_load_dinov3_delta_mistakes(tmp_path):
@@ -855,6 +944,10 @@ def test_segment_edge_cases(kind, rope):
 
 def test_segment_says_what_is_wrong():
     model, photo = tiny(), images(3, 20, 30)
+    with pytest.raises(ValueError, match=r"window: .* no size; give .*") as error:  # built by hand
+        eomt.segment(model, [photo], "instance")
+    assert "\n" not in str(error.value)
+    assert len(eomt.segment(model, [photo], "instance", (32, 32))) == 1
     model.meta = {"size": 32}
     with pytest.raises(ValueError, match="kind stuff: unknown"):
         eomt.segment(model, [photo], "stuff")

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import eomt
@@ -115,6 +116,24 @@ def test_our_own_file_says_nothing(tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("made", [tiny, open_model], ids=["eomt", "open"])
+def test_our_own_header_with_prefixed_names(tmp_path, capsys, made, prefix):
+    """What wrappers put before the names goes, as without a header; the same tensor twice does not load."""
+    header_file(tmp_path / "m.safetensors", made(), lambda header: header)
+    with safe_open(tmp_path / "m.safetensors", "pt") as file:
+        header, state = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+    want = eomt.load(tmp_path / "m.safetensors").state_dict()
+    for inner in ("", "_orig_mod."):  # a compiled part of the model
+        named = {f"{prefix}{key.replace('encoder.', 'encoder.' + inner, 1)}": v for key, v in state.items()}
+        save_file(named, tmp_path / "p.safetensors", header)
+        got = eomt.load(tmp_path / "p.safetensors").state_dict()
+        assert all(torch.equal(got[key], value) for key, value in want.items())
+        assert capsys.readouterr().err.startswith(f"note: {tmp_path}/p.safetensors: {prefix.split('.')[0]}.")
+    save_file(named | {"q.weight": state["q.weight"] + 1}, tmp_path / "p.safetensors", header)
+    assert "p.safetensors" in line_of(lambda: eomt.load(tmp_path / "p.safetensors"))
+
+
 # ---- tensors that do not fit -------------------------------------------------------------------------------
 def put(key, change):
     return lambda state: state | {key: change(state[key])}
@@ -193,6 +212,22 @@ def test_keys_that_do_not_fit_say_how_they_were_read(tmp_path):
     text = line_of(lambda: eomt.fill(tiny(classes=9), model.state_dict(), "m"))
     assert "class_head.weight has shape (6, 64), the model wants (10, 64)" in text
     assert "read with this program's names: " in text
+
+
+@pytest.mark.parametrize("key", ["extra.weight", "decoder.q.weight", "lm_head.weight"])
+def test_encoder_file_with_other_tensors(tmp_path, key):
+    """Heads that such files are known to hold are left; any other key is an error, as everywhere."""
+    model, path = tiny(), tmp_path / "m.bin"
+    encoder = {k.removeprefix("encoder."): v for k, v in model.state_dict().items() if k[:8] == "encoder."}
+    known = {"head.weight": torch.zeros(9, 64), "mask_token": torch.zeros(1, 64)}
+    for state in (encoder, encoder | known, model.state_dict(), zoo_state(model, 2), hf_state(model)):
+        vit = eomt.ViT(64, 4, 1, 16, (4, 4))
+        torch.save(state, path)
+        eomt.load_encoder(vit, path)
+        assert torch.equal(vit.norm.weight, model.encoder.norm.weight)
+        torch.save(state | {key: torch.zeros(3)}, path)
+        text = line_of(lambda vit=vit: eomt.load_encoder(vit, path))
+        assert text.startswith(f"{path}: unexpected {key}; "), text
 
 
 @pytest.mark.parametrize("rope", [None, 100.0])

@@ -679,6 +679,46 @@ def test_training_step_is_one_graph(isolate):
     torch._dynamo.reset()
 
 
+def test_fused_layers_need_isolate():
+    """Joint attention has no place for them: they would be left out unsaid, and stop two ranks."""
+    tower = siglip2.VisionTower(16, 32, 3, 2, 8, 2)
+    head = siglip2.OpenVocabHead(16, torch.randn(3, 16), torch.arange(3), [True] * 3, 4.7, -16.0)
+    eomt.OpenVocabEoMT(tower, head, 4, 2, fuse_last=3)
+    eomt.OpenVocabEoMT(tower, head, 4, 2, isolate=False, fuse_last=1)
+    with pytest.raises(ValueError, match="^fuse_last 3: .* without isolate only 1; take one of these$"):
+        eomt.OpenVocabEoMT(tower, head, 4, 2, isolate=False, fuse_last=3)
+
+
+def test_set_classes_takes_the_templates_of_each_kind(world, stages, monkeypatch):
+    """Stuff and Mandarin words have their own; a hyphen is no reason to glue two words."""
+    asked, real = [], siglip2.text_rows
+    monkeypatch.setattr(siglip2, "text_rows", lambda *words: asked.append(words[2]) or real(*words))
+    model = eomt.load(world / "A")
+    model.meta["template"] = "default"
+    model.set_classes(["road", "t-shirt", "\u732b"], [False, True, True])
+    words = vocab.Vocabulary("", ["road", "t-shirt", "\u732b"], [1, 2, 3], [False, True, True])
+    assert asked == [vocab.prompts(words, vocab.LANGUAGES)]
+    assert "the road background" in asked[0][0][0] and "t shirt" in asked[0][1][0][0]
+    assert all("\u732b" in text and not re.search("[a-z]", text) for text in asked[0][2][0])
+    for names in ("cat", ["cat", "dog", "cat"]):
+        with pytest.raises(ValueError, match="one string, or a name twice; give a list of all classes$"):
+            model.set_classes(names)
+
+
+def test_set_classes_keeps_the_calibration_of_no_class(world, stages, tmp_path):
+    """What a file says of its head is what the head does, also after another vocabulary."""
+    model = eomt.load(world / "A")
+    values = dict(alpha=0.1, beta=0.3, temp_in=0.9, temp_out=1.1)
+    model.meta["calibration"] = values | dict(class_bias=[0.5, *[0.0] * 33], bias=0.2, reject=-3.0)
+    model.class_head.calibrate(**model.meta["calibration"])
+    model.set_classes(["red disc", "blue bar"])
+    assert model.meta["calibration"] == values
+    eomt.save(tmp_path / "two.safetensors", model, **model.meta)
+    again, image = eomt.load(tmp_path / "two.safetensors"), torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    with torch.no_grad():
+        assert torch.equal(again(image)[-1].classes, model(image)[-1].classes)
+
+
 def test_set_classes_cache_identity(world, stages, tmp_path):
     model, cache = eomt.load(world / "A"), tmp_path / "rows.safetensors"
     rows = []
