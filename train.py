@@ -983,6 +983,7 @@ class Trainer:
             norm, stopping = self.agree(parts, stop)
             if stopping or len(self.bad) > cfg.max_bad:
                 self.save(step)
+                evaluation.gather(None)  # where one rank ends, torchrun ends the one that saves
             if len(self.bad) > cfg.max_bad:
                 raise ValueError(f"{cfg.data}: {len(self.bad)} undecodable training images, --max-bad is "
                                  f"{cfg.max_bad}; check the data with data.py --decode, then --resume")

@@ -220,6 +220,34 @@ def poison(rank, step=6, where=1):
     train.Trainer.backward, losses.SetLoss.forward = remember, spoil
 
 
+@pytest.mark.parametrize("why", ["signal", "bad images"])
+def test_ranks_wait_for_the_last_save(shapes, tmp_path, why):  # noqa: F811
+    """torchrun ends all when one has ended: rank 0 must not be in the middle of writing."""
+    def slow(rank):
+        save, fit, item = train.save_checkpoint, train.Trainer.fit, data.SegmentDataset.__getitem__
+
+        def saved(folder, *rest, **more):
+            save(folder, *rest, **more)
+            time.sleep(1.5 if folder.name.startswith("step-") else 0)
+            print("saved", folder.name, flush=True)
+
+        def fitted(self, first, stop):
+            stop.signal = signal.SIGTERM if why == "signal" else 0
+            try:
+                return fit(self, first, stop)
+            finally:
+                print("left", rank, flush=True)
+
+        train.save_checkpoint, train.Trainer.fit = saved, fitted
+        if why != "signal":
+            data.SegmentDataset.__getitem__ = lambda self, key: item(self, key)._replace(
+                faults=["a.jpg: cut"] if self.transform else ())
+
+    done = two(tmp_path / "run", shapes, "--workers", "0", "--max-bad", "0", patch=slow)
+    assert set(done.wait()) == {143 if why == "signal" else 1}, done.text()
+    assert 0 < done.text().index("saved step-") < done.text().index("left"), done.text()
+
+
 def test_not_finite_on_one_rank(shapes, tmp_path):  # noqa: F811
     """Both ranks know before the update, say step, cause, images, and stop; or skip the step if allowed."""
     out = tmp_path / "stop"

@@ -30,7 +30,7 @@ HOUSE = {
     "data.py": ("torch numpy PIL", "vocab +metrics", 1525),
     "eval.py": ("torch numpy tqdm PIL", "data eomt metrics siglip2 lora losses vocab", 612),
     "predict.py": ("torch numpy PIL tqdm +onnxruntime", "data eomt metrics siglip2 lora losses vocab", 371),
-    "train.py": ("torch numpy +wandb +tokenizers", "data eomt eval predict losses siglip2 lora vocab", 1235),
+    "train.py": ("torch numpy +wandb +tokenizers", "data eomt eval predict losses siglip2 lora vocab", 1236),
     "bench.py": ("torch numpy PIL", "data eomt eval predict losses metrics siglip2 lora vocab kernels", 633),
 }
 KERNEL_LINES = 450
