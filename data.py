@@ -365,7 +365,7 @@ def mount(root: str | Path, folders: Sequence[str], archives: Sequence[str] = ()
     raise FileNotFoundError(f"{root}: has no {wanted}; download it, or give another folder")
 
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # MPO is JPEG; EPS would start Ghostscript
+EPS = b"%!PS", b"\xc5\xd0\xd3\xc6"  # how a picture begins for which Pillow would start Ghostscript
 UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error,
                Image.DecompressionBombError)  # what Pillow raises on damaged pictures
 
@@ -628,7 +628,7 @@ def open_picture(data: bytes, where: str, shrink: int = 1) -> Image.Image:
     """A decoded picture of 8 bits a channel; `where` starts the message if it cannot be decoded.
     A JPEG is decoded at 1/shrink (1, 2, 4 or 8) of its sides; `info["size"]` keeps their true lengths."""
     try:
-        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+        picture = Image.open(io.BytesIO(b"" if data[:4] in EPS else data))
         size = picture.size
         if shrink > 1 and _orientation(picture) < 5:  # turned, its partial pixels would lead
             picture.draft(None, [max(1, side // shrink) for side in size])

@@ -386,9 +386,9 @@ class OpenVocabEoMT(EoMT):
         super().__init__(encoder, len(head.seen), num_queries, num_blocks)
         self.config["open"] = dict(isolate=isolate, query_blocks=query_blocks, fuse_last=fuse_last,
                                    query_init=query_init, pool=pool, gamma=gamma)
-        if not 1 <= fuse_last <= (self.num_blocks + 1 if isolate else 1):
+        if not 1 <= fuse_last <= self.num_blocks + 1:
             raise ValueError(f"fuse_last {fuse_last}: {self.num_blocks} query blocks give 1 to "
-                             f"{self.num_blocks + 1} layers, without isolate only 1; take one of these")
+                             f"{self.num_blocks + 1} layers; take one of these")
         self.class_head, self.isolate = head, isolate
         self.pool, self.gamma, self.adapters, self.distil = pool, gamma, None, False
         self.q_blocks = self.q_norm = None
@@ -494,9 +494,10 @@ class OpenVocabEoMT(EoMT):
         the text tower, default that of training. Raises ValueError for another tower's text."""
         import vocab
         from siglip2 import text_rows
-        if isinstance(names, str) or len(set(names)) < len(names):
-            raise ValueError(f"names {names!r:.60}: one string, or a name twice; give a list of all classes")
         thing = [True] * len(names) if thing is None else list(thing)
+        if isinstance(names, str) or len(set(names)) < len(names) or len(thing) != len(names):
+            raise ValueError(f"names {names!r:.60}: one string, a name twice, or another number of `thing`; "
+                             "give a list of all classes")
         words = vocab.Vocabulary("names", names, range(1, len(names) + 1), thing)
         prompts = prompts or vocab.prompts(words, vocab.LANGUAGES, self.meta.get("template", "default"))
         weights = weights or self.meta["text"]

@@ -123,10 +123,15 @@ def gather(value) -> list:
 
 
 def in_turn(make):
-    """make() on the first rank of each machine, then on its others, which find what the first one cached."""
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    made = make() if first else None
-    gather(None)  # waits
+    """make() on the first rank of each machine, then on its others, which find what the first one cached.
+    What it raises is raised on all: who waits for a rank that has ended would only name the connection."""
+    first, made, fault = os.environ.get("LOCAL_RANK", "0") == "0", None, None
+    try:
+        made = make() if first else None
+    except (ValueError, OSError) as error:
+        fault = error
+    for error in filter(None, gather(fault)):
+        raise error
     return made if first else make()
 
 

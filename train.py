@@ -292,13 +292,22 @@ def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
               ("encoder", encoder_row(encoder, task.name)),
               ("stage", recipe), ("quick", quick), ("config", stored), ("flag", given)]
     cfg = Config(**{key: value for _, layer in layers for key, value in layer.items()})
-    depth = TOWERS[encoder][0][2] if stage else eomt.ENCODERS[encoder]["depth"]
-    if not 0 <= cfg.num_blocks <= depth:
-        raise ValueError(f"--num-blocks {cfg.num_blocks}: {encoder} has {depth}; give 0 to {depth}")
-    if cfg.rope_rescale != 1 and (stage or "rope" not in eomt.ENCODERS[encoder]):
-        raise ValueError(f"--rope-rescale {cfg.rope_rescale}: {encoder} has no RoPE; give 1")
+    check_model(cfg, given)
     cfg.out = cfg.out or f"runs/{task.name}_{encoder}_{cfg.size}"
     return cfg, {key: name for name, layer in layers for key in layer}
+
+
+def check_model(cfg: Config, given: dict):
+    """Refuses what the encoder, or its attention, has no place for."""
+    depth = TOWERS[cfg.encoder][0][2] if cfg.stage else eomt.ENCODERS[cfg.encoder]["depth"]
+    if not 0 <= cfg.num_blocks <= depth:
+        raise ValueError(f"--num-blocks {cfg.num_blocks}: {cfg.encoder} has {depth}; give 0 to {depth}")
+    if cfg.rope_rescale != 1 and (cfg.stage or "rope" not in eomt.ENCODERS[cfg.encoder]):
+        raise ValueError(f"--rope-rescale {cfg.rope_rescale}: {cfg.encoder} has no RoPE; give 1")
+    if not cfg.isolate and cfg.fuse_last > 1:
+        if "fuse_last" in given:
+            raise ValueError(f"--fuse-last {cfg.fuse_last}: only with --isolate; leave one of the two out")
+        cfg.fuse_last = cfg.fuse_last if cfg.resume else 1  # of stage C's recipe; older runs have it in vain
 
 
 def split_batch(cfg: Config, world: int) -> int:

@@ -489,10 +489,10 @@ def parse_prompts(text, source="prompts"):
             for word, shown in zip(words, typed, strict=True):
                 if not word:
                     raise ValueError(f"{source}!{section.strip()}: empty prompt; remove the spare , | ; or :")
-                if word in used:
+                if shown.lower() in used:
                     raise ValueError(f"{source}!{shown}: named twice; write it once, synonyms joined with |")
-                used.add(word)
-            rows.append((typed[0], len(rows) + 1, kind != "stuff", words))
+                used.add(shown.lower())
+            rows.append((typed[0], len(rows) + 1, kind != "stuff", list(dict.fromkeys(words))))
     return Vocabulary(source, *zip(*rows, strict=True))
 
 

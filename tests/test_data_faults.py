@@ -552,7 +552,7 @@ def test_no_program_runs_for_a_picture(monkeypatch, shrink):
     error_of(lambda: data.open_picture(EPS, "a.zip!b.jpg", shrink), f"b.jpg: {len(EPS)} bytes, not a picture")
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM"])
+@pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "TGA"])
 def test_kinds_of_pictures(kind):
     file = io.BytesIO()
     Image.new("RGB", (6, 4), "red").save(file, kind)

@@ -100,6 +100,15 @@ def test_bad_images_of_all_ranks_are_counted_once(shapes, tmp_path):  # noqa: F8
     assert train.run_steps(tmp_path / "other")
 
 
+@pytest.mark.parametrize("main", [train.main, evaluation.main])
+def test_data_fault_is_the_same_line_on_all_ranks(straight, shapes, tmp_path, main):  # noqa: F811
+    words = ["--ckpt", straight] if main is evaluation.main else STEPS
+    done = Run(tmp_path / "run", *words, "--data", tmp_path / "no", ranks=2, main=main)
+    assert done.wait() == [1, 1], done.text()
+    lines = [line for line in done.text().splitlines() if line.startswith("error: ")]
+    assert len(lines) == 2 and len(set(lines)) == 1 and str(tmp_path / "no") in lines[0], done.text()
+
+
 @pytest.mark.parametrize("device_batch", [2, 1])
 def test_training_two_ranks_equal_one(straight, shapes, tmp_path, device_batch):  # noqa: F811
     """Same seeds, same order, same random points: only the order of sums differs, also with accumulation."""

@@ -679,14 +679,16 @@ def test_training_step_is_one_graph(isolate):
     torch._dynamo.reset()
 
 
-def test_fused_layers_need_isolate():
+def test_fused_layers_need_isolate(world, stages):
     """Joint attention has no place for them: they would be left out unsaid, and stop two ranks."""
-    tower = siglip2.VisionTower(16, 32, 3, 2, 8, 2)
-    head = siglip2.OpenVocabHead(16, torch.randn(3, 16), torch.arange(3), [True] * 3, 4.7, -16.0)
-    eomt.OpenVocabEoMT(tower, head, 4, 2, fuse_last=3)
-    eomt.OpenVocabEoMT(tower, head, 4, 2, isolate=False, fuse_last=1)
-    with pytest.raises(ValueError, match="^fuse_last 3: .* without isolate only 1; take one of these$"):
-        eomt.OpenVocabEoMT(tower, head, 4, 2, isolate=False, fuse_last=3)
+    begin = ["--quick", "--stage", "C", "--data", "x", "--no-isolate"]
+    assert train.parse(begin[:-1])[0].fuse_last == 3 and train.parse(begin)[0].fuse_last == 1
+    assert train.parse([*begin, "--resume"])[0].fuse_last == 3  # its settings must be those it began with
+    with pytest.raises(ValueError, match="^--fuse-last 3: only with --isolate; leave one of the two out$"):
+        train.parse([*begin, "--fuse-last", "3"])
+    words = [*TINY, "--stage", "C", "--no-isolate", "--data", world / "data", "--steps", 2]
+    two = Run(world / "C2", *words, "--encoder-weights", world / "tower", "--out", world / "C2", ranks=2)
+    assert two.wait() == [0, 0], two.text()
 
 
 def test_set_classes_takes_the_templates_of_each_kind(world, stages, monkeypatch):
@@ -701,8 +703,10 @@ def test_set_classes_takes_the_templates_of_each_kind(world, stages, monkeypatch
     assert "the road background" in asked[0][0][0] and "t shirt" in asked[0][1][0][0]
     assert all("\u732b" in text and not re.search("[a-z]", text) for text in asked[0][2][0])
     for names in ("cat", ["cat", "dog", "cat"]):
-        with pytest.raises(ValueError, match="one string, or a name twice; give a list of all classes$"):
+        with pytest.raises(ValueError, match="one string, a name twice, .*; give a list of all classes$"):
             model.set_classes(names)
+    with pytest.raises(ValueError, match="or another number of `thing`; "):
+        model.set_classes(["cat", "dog"], [True])
 
 
 def test_set_classes_keeps_the_calibration_of_no_class(world, stages, tmp_path):

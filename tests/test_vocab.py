@@ -237,12 +237,19 @@ def test_parse_prompts_sections():
     assert vocab.parse_prompts("stuff: road").thing == (False,)
 
 
+def test_parse_prompts_of_one_text():
+    """Data sets' own spellings come down to the same words: once a class, and no mistake of two."""
+    words = vocab.parse_prompts("wall-other-merged|wall, door-stuff, door")
+    assert words.names == ("wall-other-merged", "door-stuff", "door")
+    assert words.synonyms == (("wall",), ("door",), ("door",))
+
+
 def test_parse_prompts_hyphens():
     """The towers delete punctuation: "t-shirt" reached them as "tshirt". It is shown as typed."""
     typed = vocab.parse_prompts("T-shirt|tee_shirt, red-pole; stuff: X-ray  film")
     assert typed.names == ("T-shirt", "red-pole", "X-ray film")
     assert typed.synonyms == (("t shirt", "tee shirt"), ("red pole",), ("x ray film",))
-    assert error(vocab.parse_prompts, "t-shirt, t shirt").startswith("prompts!t shirt: named twice")
+    assert error(vocab.parse_prompts, "t-shirt, T-Shirt").startswith("prompts!T-Shirt: named twice")
     assert "empty prompt" in error(vocab.parse_prompts, "cat, -")
 
 
