@@ -19,6 +19,7 @@ import atexit
 import collections
 import contextlib
 import difflib
+import fcntl
 import hashlib
 import io
 import itertools
@@ -58,8 +59,6 @@ ENCRYPTED, NO_CRC = 99, -1  # in the columns `method` and `crc`
 GRACE = 30  # seconds that a data process outlives SIGTERM
 
 # ---- Cache -------------------------------------------------------------------------------------------------
-
-
 def cache_dir() -> Path:
     """Folder for what is computed once per archive: ~/.cache/nanoeomt, else a private temporary one."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -102,8 +101,6 @@ def writable(path: str | Path) -> None:
 
 
 # ---- Readers -----------------------------------------------------------------------------------------------
-
-
 def _junk(name, label):
     junk = name.endswith("/") or os.path.basename(name).startswith("._") or not {
         "__MACOSX", "lost+found", "@eaDir", ".Trashes", ".snapshot"}.isdisjoint(name.split("/"))
@@ -370,8 +367,6 @@ UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.er
                Image.DecompressionBombError)  # what Pillow raises on damaged pictures
 
 # ---- Tasks -------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Task:
     """One row: what is segmented, how its files lie (`layout`), and the numbers of the published recipe."""
@@ -385,17 +380,21 @@ class Task:
     size: int = 640
     scale: tuple[float, float] = (0.1, 2.0)
     color_jitter: bool = False
+    images: int = 0  # of the official training split
 
 
 # Recipes of the EoMT paper's model zoo, but for the procedural worlds: their objects are as large as a tiny
 # model needs them, so they are scaled little.
 TASKS = {task.name: task for task in (
-    Task("coco_panoptic", vocab.COCO_PANOPTIC, "panoptic", "coco_panoptic"),
-    Task("coco_instance", vocab.COCO_INSTANCE, "instance", "coco_instance"),
-    Task("ade20k_panoptic", vocab.ADE20K, "panoptic", "ade20k_panoptic", epochs=31, color_jitter=True),
-    Task("ade20k_instance", vocab.ADE20K_INSTANCE, "instance", "ade20k_panoptic", 200, 31, color_jitter=True),
-    Task("ade20k_semantic", vocab.ADE20K, "semantic", "ade20k", 100, 31, 512, (0.5, 2.0), True),
-    Task("cityscapes_semantic", vocab.CITYSCAPES, "semantic", "cityscapes", 100, 107, 1024, (0.5, 2.0), True),
+    Task("coco_panoptic", vocab.COCO_PANOPTIC, "panoptic", "coco_panoptic", images=118287),
+    Task("coco_instance", vocab.COCO_INSTANCE, "instance", "coco_instance", images=118287),
+    Task("ade20k_panoptic", vocab.ADE20K, "panoptic", "ade20k_panoptic", epochs=31, color_jitter=True,
+         images=20210),
+    Task("ade20k_instance", vocab.ADE20K_INSTANCE, "instance", "ade20k_panoptic", epochs=31,
+         color_jitter=True, images=20210),
+    Task("ade20k_semantic", vocab.ADE20K, "semantic", "ade20k", 100, 31, 512, (0.5, 2.0), True, 20210),
+    Task("cityscapes_semantic", vocab.CITYSCAPES, "semantic", "cityscapes", 100, 107, 1024, (0.5, 2.0),
+         True, 2975),
     Task("shapes", vocab.SHAPES, "panoptic", "coco_panoptic", 16, 20, 64, (0.8, 1.25)),
     Task("shapes_open", vocab.SHAPES_OPEN, "panoptic", "coco_panoptic", 16, 20, 64, (0.8, 1.25)),
 )}
@@ -425,8 +424,6 @@ PAIRS = {
 }
 
 # ---- Annotation JSON, parsed once into flat arrays ---------------------------------------------------------
-
-
 class Table(dict):
     """Flat arrays of one annotation file, kept in the cache; pickled as a path, spawned workers reload it."""
 
@@ -442,25 +439,27 @@ class Table(dict):
 
 
 def load_table(reader: Reader, member: str, kind: str) -> Table:
-    """The arrays that one of PARSERS makes of a member, from the cache if it can."""
+    """A member as PARSERS makes it, from the cache if that is whole; one process makes it, others wait."""
     parse, form = PARSERS[kind]
     path = Path(reader.path) / member if isinstance(reader, FolderReader) else reader.path
     where = reader.where(reader.index(member))
     cached = cache_file(path, f"{member} {parse.__name__} 2", ".npz")  # 2: what is checked, and the layout
-    # missing, or damaged by a power cut or a disk: parsed again
-    with contextlib.suppress(OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
-        return Table(cached)
-    data = reader.read(member, JSON_LIMIT)
-    try:
-        arrays, problems = parse(json.loads(data))
-    except (ValueError, OverflowError, RecursionError) as error:  # not JSON, or numbers that are none
-        raise ValueError(f"{where}: {len(data)} bytes, {str(error)[:99]}; download it again") from None
-    except (KeyError, TypeError, AttributeError) as error:
-        found = f"no key {error}" if isinstance(error, KeyError) else f"not COCO's form ({error!r})"
-        form = f"images (id, file_name, height, width), categories (id, name), annotations ({form})"
-        raise ValueError(f"{where}: {found}; give COCO's {kind} form: {form}") from None
-    arrays["problems"] = np.array([f"{where}: {line}".encode() for line in problems[:1000]], dtype="S")
-    write_atomically(cached, lambda file: np.savez(file, **arrays))
+    with open(path, "rb", opener=_open) as lock:
+        with contextlib.suppress(OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
+            if not cached.exists():
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            return Table(cached)
+        data = reader.read(member, JSON_LIMIT)
+        try:
+            arrays, problems = parse(json.loads(data))
+        except (ValueError, OverflowError, RecursionError) as error:  # not JSON, or numbers that are none
+            raise ValueError(f"{where}: {len(data)} bytes, {str(error)[:99]}; download it again") from None
+        except (KeyError, TypeError, AttributeError) as error:
+            found = f"no key {error}" if isinstance(error, KeyError) else f"not COCO's form ({error!r})"
+            form = f"images (id, file_name, height, width), categories (id, name), annotations ({form})"
+            raise ValueError(f"{where}: {found}; give COCO's {kind} form: {form}") from None
+        arrays["problems"] = np.array([f"{where}: {line}".encode() for line in problems[:1000]], dtype="S")
+        write_atomically(cached, lambda file: np.savez(file, **arrays))
     return Table(cached)
 
 
@@ -560,8 +559,6 @@ PARSERS = {  # and what they read of an annotation
 }
 
 # ---- Ground truth of one image -----------------------------------------------------------------------------
-
-
 @dataclass
 class Target:
     """T segments as L layers of id maps: segment t is `ids[layer[t]] == value[t]`; disjoint: one layer."""
@@ -584,6 +581,15 @@ class Target:
         """The same maps with only the segments where `rows` bool (T,) is true."""
         index = torch.from_numpy(np.flatnonzero(rows))
         return Target(self.ids, *(getattr(self, field.name)[index] for field in fields(self)[1:]))
+
+    def disjoint_ids(self) -> np.ndarray:
+        """int32 (H,W) id map of segments that do not overlap: segment t has id t + 1, 0 = void."""
+        out = np.zeros(self.ids.shape[1:], np.int32)  # (H, W)
+        for layer, ids in enumerate(self.ids.numpy()):
+            table, rows = np.zeros(256, np.int32), np.flatnonzero(self.layer.numpy() == layer)
+            table[self.value.numpy()[rows]] = rows + 1
+            out = np.maximum(out, table[ids])  # (H, W)
+        return out
 
     @staticmethod
     def from_masks(masks, labels, crowd=None, area=None, shape=None) -> "Target":
@@ -614,8 +620,6 @@ def _target(ids, layer, value, labels, crowd, area):
 
 
 # ---- Pictures ----------------------------------------------------------------------------------------------
-
-
 def _orientation(picture):
     """The EXIF orientation, 1 to 8; 1, as stored, if the tag is missing or damaged."""
     with contextlib.suppress(*UNDECODABLE):
@@ -861,8 +865,6 @@ SOURCES = {"coco_panoptic": CocoPanoptic, "coco_instance": CocoInstance, "ade20k
            **dict.fromkeys(PAIRS, LabelPairs)}
 
 # ---- Which task is it? -------------------------------------------------------------------------------------
-
-
 def detect(root: str | Path) -> Task:
     """The task whose files lie in `root`; own data in COCO's layout, or images/ masks/ classes.txt, too."""
     if not _mode(Path(root)):
@@ -910,8 +912,6 @@ def _labels_task(root):
 
 
 # ---- Augmentation ------------------------------------------------------------------------------------------
-
-
 def oriented(picture: Image.Image, hw: tuple[int, int], where: str) -> Image.Image:
     """The picture, RGB, as its annotation of size `hw` saw it: as stored, or upright by its EXIF tag."""
     (height, width), size = hw, picture.info.get("size", picture.size)
@@ -1062,8 +1062,6 @@ class Augment:
 
 
 # ---- Data set ----------------------------------------------------------------------------------------------
-
-
 class Sample(NamedTuple):
     """One image: uint8 (3,H,W), its target, file name, id in the data set, faults of those it replaces."""
 
@@ -1155,8 +1153,6 @@ class SegmentDataset(torch.utils.data.Dataset):
 
 
 # ---- Batches -----------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Batch:
     """Images uint8 (B,3,S,S), B targets and names, and the faults met on the way."""
@@ -1409,8 +1405,7 @@ def _annotate(index, segments, vocabulary, image_id, rng):
         if vocabulary.thing[k]:
             ends = np.flatnonzero(np.diff(mask.T.ravel(), prepend=False, append=not mask[-1, -1]))
             outline = {"size": list(mask.shape), "counts": np.diff(ends, prepend=0).tolist()}
-            instances.append({**infos[-1], "id": image_id * 100 + t, "image_id": image_id,
-                              "segmentation": outline})
+            instances.append(infos[-1] | dict(id=image_id * 100 + t, image_id=image_id, segmentation=outline))
     return ids[index], infos, instances
 
 
@@ -1422,8 +1417,7 @@ def _write_split(root, split, count, vocabulary, allowed, rng, size):
             image, index, segments = draw_scene(rng, vocabulary, allowed, size)
             ids, infos, things = _annotate(index, segments, vocabulary, n, rng)
             with photos.open(f"{split}2017/{n:012}.jpg", "w") as file:
-                # full colour resolution: hue tells the classes apart
-                Image.fromarray(image).save(file, "JPEG", quality=95, subsampling=0)
+                Image.fromarray(image).save(file, "JPEG", quality=95, subsampling=0)  # keeps the hue
             with pngs.open(f"panoptic_{split}2017/{n:012}.png", "w") as file:
                 write_ids(ids, file)
             images.append({"id": n, "file_name": f"{n:012}.jpg", "height": size, "width": size})
@@ -1453,8 +1447,6 @@ def write_shapes(root: str | Path, vocabulary: Vocabulary, train: int = 2000, va
 
 
 # ---- The check of a data folder ----------------------------------------------------------------------------
-
-
 def check(root: str | Path, task: Task | str = "auto", split: str = "val", decode: bool = False) -> list[str]:
     """Everything wrong with one split, one line each; `decode` also reads every picture and mask."""
     try:

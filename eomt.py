@@ -494,11 +494,9 @@ class OpenVocabEoMT(EoMT):
         the text tower, default that of training. Raises ValueError for another tower's text."""
         import vocab
         from siglip2 import text_rows
-        thing = [True] * len(names) if thing is None else list(thing)
-        if isinstance(names, str) or len(set(names)) < len(names) or len(thing) != len(names):
-            raise ValueError(f"names {names!r:.60}: one string, a name twice, or another number of `thing`; "
-                             "give a list of all classes")
-        words = vocab.Vocabulary("names", names, range(1, len(names) + 1), thing)
+        if isinstance(names, str) or len(set(names)) < len(names) or len(thing or names) != len(names):
+            raise ValueError(f"names {names!r:.60}: give a list of different names, and a `thing` for each")
+        words = vocab.Vocabulary("names", names, range(1, len(names) + 1), thing or [True] * len(names))
         prompts = prompts or vocab.prompts(words, vocab.LANGUAGES, self.meta.get("template", "default"))
         weights = weights or self.meta["text"]
         rows, owner, scale, bias = text_rows(weights, tokenizer or self.meta.get("tokenizer"), prompts, cache)
@@ -509,7 +507,7 @@ class OpenVocabEoMT(EoMT):
                              f"{rows.shape[1]}, here {head.rows.shape[1]}, or its scale); give the right one")
         head.set_classes(rows, owner, [False] * len(names) if seen is None else seen)
         self.config["num_classes"] = len(names)
-        self.meta |= dict(names=list(names), ids=list(words.ids), thing=thing, calibration=head.kept)
+        self.meta |= dict(names=list(names), ids=[*words.ids], thing=[*words.thing], calibration=head.kept)
 
 
 # ---- Post-processing and `segment`, the one inference path -------------------------------------------------
@@ -936,8 +934,7 @@ def _infer(state, raw, hints) -> dict:
     width, patch = (state["encoder.patch_embed.weight"].shape[axis] for axis in (0, 3))
     hidden = state["encoder.blocks.0.mlp.fc2.weight"].shape[1]
     depth = 1 + max(int(number) for number in re.findall(r"encoder\.blocks\.(\d+)\.", " ".join(state)))
-    side = hints.get("image_size", 640 if hints else 0) // patch  # 640 in transformers; 0: `load` takes one
-    rope, eps = 100.0, 1e-5  # DINOv3
+    rope, eps, side = 100.0, 1e-5, hints.get("image_size", 640 if hints else 0) // patch  # DINOv3; 0: load's
     if "encoder.pos_embed" in state:
         rope, eps, side = None, 1e-6, math.isqrt(state["encoder.pos_embed"].shape[1])
     encoder = dict(width=width, depth=depth, heads=hints.get("num_attention_heads", max(1, width // 64)),

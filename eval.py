@@ -61,28 +61,18 @@ def line(result: Result) -> str:
 
 
 # ---- One image: model output and target in the metric's terms ----------------------------------------------
-def target_map(target) -> np.ndarray:
-    """int32 (H,W) id map of a target whose segments are disjoint: segment t has id t + 1, 0 = void."""
-    out = np.zeros(target.ids.shape[1:], np.int32)  # (H, W)
-    for layer, ids in enumerate(target.ids.numpy()):
-        table, rows = np.zeros(256, np.int32), np.flatnonzero(target.layer.numpy() == layer)
-        table[target.value.numpy()[rows]] = rows + 1
-        out = np.maximum(out, table[ids])  # (H, W)
-    return out
-
-
 def add_panoptic(metric, result, sample):
     target = sample.target
     rows = zip(target.labels.tolist(), target.area.tolist(), target.crowd.tolist(), strict=True)
     truth = [dict(id=t, category_id=label, area=area, iscrowd=int(crowd))
              for t, (label, area, crowd) in enumerate(rows, 1)]
     found = [dict(id=s, category_id=label) for s, label in enumerate(result.labels.tolist(), 1)]
-    metric.update(result.ids.cpu().numpy(), found, target_map(target), truth, sample.name)
+    metric.update(result.ids.cpu().numpy(), found, target.disjoint_ids(), truth, sample.name)
 
 
 def add_semantic(metric, result, sample):
     table = np.concatenate([[metric.ignore], sample.target.labels.numpy()])  # (T+1,)
-    metric.update(result.cpu().numpy(), table[target_map(sample.target)], sample.name)
+    metric.update(result.cpu().numpy(), table[sample.target.disjoint_ids()], sample.name)
 
 
 def overlaps(masks, truth, chunk=1 << 18):
@@ -113,7 +103,7 @@ def percent(value):
     return 100 * value if isinstance(value, float) and value >= 0 else value
 
 
-# ---- Ranks -------------------------------------------------------------------------------------------------
+# ---- A data set --------------------------------------------------------------------------------------------
 def gather(value) -> list:
     """The `value` of every rank, on every rank."""
     values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
@@ -122,20 +112,6 @@ def gather(value) -> list:
     return values
 
 
-def in_turn(make):
-    """make() on the first rank of each machine, then on its others, which find what the first one cached.
-    What it raises is raised on all: who waits for a rank that has ended would only name the connection."""
-    first, made, fault = os.environ.get("LOCAL_RANK", "0") == "0", None, None
-    try:
-        made = make() if first else None
-    except (ValueError, OSError) as error:
-        fault = error
-    for error in filter(None, gather(fault)):
-        raise error
-    return made if first else make()
-
-
-# ---- A data set --------------------------------------------------------------------------------------------
 def make_metric(meta):
     """(metric, how to add an image, headline number, its name in the per-class rows) for a model's kind."""
     count = len(meta["names"])
@@ -585,11 +561,11 @@ def run(args) -> Result:
         raise ValueError(f"--size {args.size}: no multiple of the patch size {model.encoder.patch}; give one")
     model.meta["size"] = args.size or model.meta["size"]
     task, root = open_task(model, args)
-    if world > 1:
-        dist.init_process_group("gloo")
-    dataset = in_turn(lambda: data.SegmentDataset(root, task, "val"))
+    dataset = data.SegmentDataset(root, task, "val")
     if args.gt_masks:
         return report_regions(model, dataset, args)
+    if world > 1:
+        dist.init_process_group("gloo")
     exports = open_exports(args, task)
     open_options(model, dataset, args)
     eomt.accelerate(model, args.fp8, 8 if args.compile else 0)

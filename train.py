@@ -271,8 +271,8 @@ def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
         raise ValueError("--resume continues the run in --out, --overwrite replaces it; give one of these")
     stored = read_config(given["config"]) if given.get("config") else {}
     follows = dict(steps="epochs", device_batch_size="batch_size")  # computed, if the latter is given now
-    old = {"resume", "overwrite", "config"} | {k for k in follows if follows[k] in given}
-    old |= set() if given.get("resume") else {"out"}
+    old = {"overwrite", "config", *(() if given.get("resume") else ("resume", "out"))}
+    old |= {k for k in follows if follows[k] in given}
     stored = {k: v for k, v in stored.items() if k not in old}
     stage = given.get("stage", stored.get("stage", ""))
     if stage not in ("", *STAGES):
@@ -292,22 +292,13 @@ def parse(argv: list[str]) -> tuple[Config, dict[str, str]]:
               ("encoder", encoder_row(encoder, task.name)),
               ("stage", recipe), ("quick", quick), ("config", stored), ("flag", given)]
     cfg = Config(**{key: value for _, layer in layers for key, value in layer.items()})
-    check_model(cfg, given)
+    depth = TOWERS[encoder][0][2] if stage else eomt.ENCODERS[encoder]["depth"]
+    if not 0 <= cfg.num_blocks <= depth:
+        raise ValueError(f"--num-blocks {cfg.num_blocks}: {encoder} has {depth}; give 0 to {depth}")
+    if cfg.rope_rescale != 1 and (stage or "rope" not in eomt.ENCODERS[encoder]):
+        raise ValueError(f"--rope-rescale {cfg.rope_rescale}: {encoder} has no RoPE; give 1")
     cfg.out = cfg.out or f"runs/{task.name}_{encoder}_{cfg.size}"
     return cfg, {key: name for name, layer in layers for key in layer}
-
-
-def check_model(cfg: Config, given: dict):
-    """Refuses what the encoder, or its attention, has no place for."""
-    depth = TOWERS[cfg.encoder][0][2] if cfg.stage else eomt.ENCODERS[cfg.encoder]["depth"]
-    if not 0 <= cfg.num_blocks <= depth:
-        raise ValueError(f"--num-blocks {cfg.num_blocks}: {cfg.encoder} has {depth}; give 0 to {depth}")
-    if cfg.rope_rescale != 1 and (cfg.stage or "rope" not in eomt.ENCODERS[cfg.encoder]):
-        raise ValueError(f"--rope-rescale {cfg.rope_rescale}: {cfg.encoder} has no RoPE; give 1")
-    if not cfg.isolate and cfg.fuse_last > 1:
-        if "fuse_last" in given:
-            raise ValueError(f"--fuse-last {cfg.fuse_last}: only with --isolate; leave one of the two out")
-        cfg.fuse_last = cfg.fuse_last if cfg.resume else 1  # of stage C's recipe; older runs have it in vain
 
 
 def split_batch(cfg: Config, world: int) -> int:
@@ -408,6 +399,8 @@ def make_text(cfg: Config, vocabulary, width: int):
 
 def make_open(cfg: Config, vocabulary, start) -> eomt.OpenVocabEoMT:
     """The model of a stage: tower, text rows and heads in place, what is not trained frozen."""
+    if cfg.fuse_last > 1 and not cfg.isolate and not cfg.resume:  # older runs have them, in vain
+        raise ValueError(f"--fuse-last {cfg.fuse_last}: only with --isolate; give --fuse-last 1")
     torch.manual_seed(cfg.seed)
     config, state, _ = start or ({}, {}, {})
     if start:
@@ -621,14 +614,16 @@ def resume(out: Path, model, kept, cfg, say) -> int:
 
 
 def claim(out: Path, cfg: Config):
-    """Refuses to mix two runs in one folder; returns whether the one there is to be replaced."""
+    """Refuses to mix two runs in one folder."""
     used = out.is_dir() and any(p.name == "config.json" or p.name.startswith("step-") for p in out.iterdir())
     ours = (out / "log.txt").exists()  # a model of others has a config.json, too
-    replaces = used and ours and cfg.overwrite and not cfg.resume
-    if used and not replaces and (cfg.overwrite or not cfg.resume):
+    if used and ours and cfg.overwrite and not cfg.resume:
+        shutil.rmtree(out)
+    elif used and (cfg.overwrite or not cfg.resume):
         what = "already holds a run" if ours or not cfg.overwrite else "no run of train.py"
         raise ValueError(f"{out}: {what}; --resume continues it, --overwrite replaces it; give one of these")
-    return replaces
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "log.txt").touch()
 
 
 def replace(path: Path, text: str):
@@ -936,10 +931,9 @@ class Trainer:
         speed = steps * cfg.batch_size / seconds
         parts = self.lap("rest", steps)
         text = " ".join(f"{key} {value:.4f}" for key, value in losses.items())
-        bad = f" bad {len(self.bad)}" if self.bad else ""
-        bad += "".join(f" {key} {value:.1f}" for key, value in parts.items())
+        more = f" bad {len(self.bad)}" * bool(self.bad) + "".join(f" {k} {v:.1f}" for k, v in parts.items())
         self.log.say(f"step {done}/{cfg.steps} {text} lr {lr:.1e} grad {gradient:.2f} img/s {speed:.1f} "
-                     f"mem {memory:.1f}GB eta {eta}{bad}")
+                     f"mem {memory:.1f}GB eta {eta}{more}")
         self.log.record(step=done, **losses, lr=lr, grad=float(gradient), img_s=speed, **parts)
 
     def save(self, step):
@@ -993,10 +987,9 @@ class Trainer:
             if stopping or len(self.bad) > cfg.max_bad:
                 self.save(step)
                 evaluation.gather(None)  # where one rank ends, torchrun ends the one that saves
-            if len(self.bad) > cfg.max_bad:
-                raise ValueError(f"{cfg.data}: {len(self.bad)} undecodable training images, --max-bad is "
-                                 f"{cfg.max_bad}; check the data with data.py --decode, then --resume")
-            if stopping:
+                if len(self.bad) > cfg.max_bad:
+                    raise ValueError(f"{cfg.data}: {len(self.bad)} undecodable training images, --max-bad is "
+                                     f"{cfg.max_bad}; check the data with data.py --decode, then --resume")
                 self.log.say(f"stopped by a signal at step {step}; continue with --resume")
                 return stop.code()
             losses, gradient = self.step(step, parts, norm)
@@ -1100,10 +1093,6 @@ def pretrain_toy(folder: str | Path, vocabulary, steps: int = 2000, seed: int = 
 
 
 # ---- The run -----------------------------------------------------------------------------------------------
-IMAGES = {"coco_panoptic": 118287, "coco_instance": 118287, "cityscapes_semantic": 2975,  # of training
-          "ade20k_panoptic": 20210, "ade20k_instance": 20210, "ade20k_semantic": 20210}
-
-
 def open_data(cfg: Config, task, rank: int, begin) -> dict[str, data.SegmentDataset]:
     """The two splits. First the procedural world and the toy tower are made where --quick finds none."""
     if not cfg.data:
@@ -1120,9 +1109,8 @@ def open_data(cfg: Config, task, rank: int, begin) -> dict[str, data.SegmentData
     evaluation.gather(None)  # all find both
     transform = data.Augment(cfg.size, cfg.scale, cfg.color_jitter)
     hidden = set(range(len(task.vocabulary.names))) - set(seen)
-    return evaluation.in_turn(lambda: dict(
-        train=data.SegmentDataset(cfg.data, task, "train", transform, hidden, cfg.split_policy),
-        val=data.SegmentDataset(cfg.data, task, "val")))
+    return dict(train=data.SegmentDataset(cfg.data, task, "train", transform, hidden, cfg.split_policy),
+                val=data.SegmentDataset(cfg.data, task, "val"))
 
 
 def open_model(cfg: Config, task, rank: int, sets, begin) -> eomt.OpenVocabEoMT:
@@ -1151,16 +1139,12 @@ def open_model(cfg: Config, task, rank: int, sets, begin) -> eomt.OpenVocabEoMT:
 
 def start(trainer: Trainer) -> int:
     """Weights of the first step, and its number; a full or read-only disk is found now, not in an hour."""
-    cfg, log, model = trainer.cfg, trainer.log, trainer.raw
-    replaces, notes = trainer.rank == 0 and claim(log.out, cfg), []
+    cfg, log, model, notes = trainer.cfg, trainer.log, trainer.raw, []
     if not cfg.stage and not (cfg.resume and run_steps(log.out)):
         load_start(model, cfg, notes.append)
-    evaluation.gather(None)  # the old run goes when all ranks have their weights, which may lie in it
+    evaluation.gather(None)  # an old run goes when all ranks have their weights, which may lie in it
     if trainer.rank == 0:
-        if replaces:
-            shutil.rmtree(log.out)
-        log.out.mkdir(parents=True, exist_ok=True)
-        (log.out / "log.txt").touch()
+        claim(log.out, cfg)
         tidy(log.out)
     evaluation.gather(None)  # a resume looks into what is tidy
     first = resume(log.out, model, trainer.kept, cfg, log.say) if cfg.resume else 0
@@ -1196,7 +1180,7 @@ def run(cfg: Config, origin: dict) -> int:
     begin = read_start(cfg)
     inherit(cfg, origin, begin, task.vocabulary)
     sets = None if cfg.dry_run else open_data(cfg, task, rank, begin)
-    images = len(sets["train"]) if sets else IMAGES.get(cfg.task, cfg.batch_size)
+    images = len(sets["train"]) if sets else task.images or cfg.batch_size
     cfg.steps = cfg.steps or max(1, int(cfg.epochs * max(1, images // cfg.batch_size)))
     shorten_warmup(cfg, origin)
     model = open_model(cfg, task, rank, sets, begin) if cfg.stage else make_model(cfg, task.vocabulary)

@@ -82,7 +82,7 @@ def test_annotations_are_parsed_once_a_machine(shapes, tmp_path, monkeypatch):  
 
     done = two(tmp_path / "run", shapes, patch=tell)
     assert done.wait() == [0, 0], done.text()
-    assert done.text().count("parsed by 0") == 2 and "parsed by 1" not in done.text()  # train and val
+    assert done.text().count("parsed by") == 2, done.text()  # train and val
 
 
 def test_bad_images_of_all_ranks_are_counted_once(shapes, tmp_path):  # noqa: F811

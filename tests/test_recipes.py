@@ -77,7 +77,7 @@ def test_recipe_windows_to_half_a_step(total, blocks, starts, ends):
 )
 def test_recipe_total_steps(task, published):
     """floor(images / 16) a epoch; the files' own totals differ by how their loader dealt the last batch."""
-    steps = int(data.TASKS[task].epochs * (train.IMAGES[task] // 16))
+    steps = int(data.TASKS[task].epochs * (data.TASKS[task].images // 16))
     assert abs(steps - published) / published < 0.006
 
 

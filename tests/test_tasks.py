@@ -229,7 +229,7 @@ def test_exports_give_our_numbers_in_the_official_tools(tmp_path, monkeypatch):
         target = target.keep((~target.crowd.numpy()) & (rng.random(len(target.labels)) < 0.7))
         scores = torch.from_numpy(rng.random(len(target.labels)))
         if kind == "panoptic":
-            ids = torch.from_numpy(np.roll(evaluation.target_map(target), 2, 1))
+            ids = torch.from_numpy(np.roll(target.disjoint_ids(), 2, 1))
             kept = [s for s in range(len(target.labels)) if (ids == s + 1).any()]
             ids = sum(((ids == s + 1) * (n + 1) for n, s in enumerate(kept)), torch.zeros_like(ids))
             return [eomt.Panoptic(ids.int(), target.labels[kept], scores[kept])]
@@ -270,11 +270,11 @@ def test_perfect_predictions_score_100(tmp_path, monkeypatch):
         target = sample.target
         if kind == "semantic":
             table = torch.cat([torch.zeros(1, dtype=torch.int64), target.labels])
-            return [table[torch.from_numpy(evaluation.target_map(target)).long()]]
+            return [table[torch.from_numpy(target.disjoint_ids()).long()]]
         if kind == "panoptic":
             keep = ~target.crowd
             target = target.keep(keep.numpy())
-            ids = torch.from_numpy(evaluation.target_map(target))
+            ids = torch.from_numpy(target.disjoint_ids())
             return [eomt.Panoptic(ids, target.labels, torch.ones(len(target.labels)))]
         target = target.keep(~target.crowd.numpy())
         return [eomt.Instances(target.masks(), target.labels, torch.ones(len(target.labels)))]
