@@ -81,15 +81,15 @@ def cache_file(path: str | Path, key: str, suffix: str) -> Path:
 
 def write_atomically(target: Path, write) -> None:
     """`write(file)` to a temporary file, on disk before it is renamed: `target` is whole or absent."""
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".tmp-")
+    temporary = target.with_name(f".tmp-{os.urandom(8).hex()}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def writable(path: str | Path) -> None:

@@ -3,7 +3,6 @@
     python train.py --quick                                             # procedural data, CPU, minutes
     python train.py --task coco_panoptic --encoder dinov2_large --data /coco
     torchrun --nproc_per_node=4 train.py --task coco_panoptic --encoder dinov2_large --data /coco
-    python train.py --quick --stage A && python train.py --quick --stage B --init runs/quick-A
     python train.py --task coco_panoptic --data /coco --dry-run         # the resolved recipe, then stop
 
 One process and N processes run the same lines. Settings: default < task < encoder < stage < --config < flag.
@@ -15,6 +14,7 @@ import argparse
 import atexit
 import dataclasses
 import datetime
+import fcntl
 import hashlib
 import json
 import math
@@ -333,11 +333,6 @@ def make_model(cfg: Config, vocabulary) -> eomt.EoMT:
         return eomt.EoMT(encoder, len(vocabulary.names), cfg.num_queries, cfg.num_blocks or None)
 
 
-def seen_classes(vocabulary, name: str) -> tuple[int, ...]:
-    """Class indices to train on."""
-    return vocab.split(vocabulary, name)[0] if name else tuple(range(len(vocabulary.names)))
-
-
 def read_start(cfg: Config):
     """(config, state, meta) of the checkpoint that a stage continues or starts from, or None."""
     path = cfg.out if cfg.resume and run_steps(Path(cfg.out)) else cfg.init
@@ -351,8 +346,6 @@ def read_start(cfg: Config):
 
 def inherit(cfg: Config, origin: dict, start, vocabulary):
     """What a later stage takes over from the checkpoint it starts from, where no flag says otherwise."""
-    if not start:
-        return
     config, _, meta = start
     kept = dict(config["open"], num_queries=config["num_queries"], num_blocks=config["num_blocks"],
                 size=meta["size"], templates=meta["template"], ov_pool=config["open"]["pool"],
@@ -410,7 +403,7 @@ def make_open(cfg: Config, vocabulary, start) -> eomt.OpenVocabEoMT:
         tower = make_tower(cfg)
         text = make_text(cfg, vocabulary, tower.width)
     seen = torch.zeros(len(vocabulary.names), dtype=torch.bool)
-    seen[list(seen_classes(vocabulary, cfg.split))] = True
+    seen[list(vocab.split(vocabulary, cfg.split)[0])] = True
     torch.manual_seed(cfg.seed)  # the same heads whatever the tower drew
     head = siglip2.OpenVocabHead(tower.width, *text[:2], seen, *text[2:])
     model = eomt.OpenVocabEoMT(tower, head, cfg.num_queries, cfg.num_blocks or None, cfg.isolate,
@@ -488,9 +481,7 @@ def param_groups(model: torch.nn.Module, cfg: Config) -> list[dict]:
     """AdamW groups by (part, lr multiplier). Block i of the encoder gets llrd^(depth-1-i); tokens, positions
     and patch embedding get block 0's; final norm and everything outside the encoder get 1."""
     depth, groups = len(model.encoder.blocks), {}
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
+    for name, p in [(name, p) for name, p in model.named_parameters() if p.requires_grad]:
         part, factor = ("encoder" if name.startswith("encoder.") else "head"), 1.0
         if part == "encoder" and not name.startswith("encoder.norm."):
             index = int(name.split(".")[2]) if name.startswith("encoder.blocks.") else 0
@@ -579,7 +570,7 @@ def prune(out: Path, step: int, keep=2):
 def tidy(out: Path):
     """Removes the litter of a killed save."""
     for path in out.glob(".tmp-*"):
-        shutil.rmtree(path, ignore_errors=True)
+        path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
     for path in out.glob(".old-*"):  # killed between the two renames: the old one is the only one
         final = out / path.name.removeprefix(".old-")
         shutil.rmtree(path, ignore_errors=True) if final.exists() else os.rename(path, final)
@@ -618,20 +609,28 @@ def claim(out: Path, cfg: Config):
     used = out.is_dir() and any(p.name == "config.json" or p.name.startswith("step-") for p in out.iterdir())
     ours = (out / "log.txt").exists()  # a model of others has a config.json, too
     if used and ours and cfg.overwrite and not cfg.resume:
+        lock(out)
         shutil.rmtree(out)
     elif used and (cfg.overwrite or not cfg.resume):
         what = "already holds a run" if ours or not cfg.overwrite else "no run of train.py"
         raise ValueError(f"{out}: {what}; --resume continues it, --overwrite replaces it; give one of these")
     out.mkdir(parents=True, exist_ok=True)
+    lock(out)
     (out / "log.txt").touch()
 
 
+def lock(out: Path):
+    """Until this process ends no other one may train in `out`, where the file system has locks."""
+    file = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # no data process inherits this kind of lock
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if isinstance(error, BlockingIOError | PermissionError):  # not a file system without locks
+            raise ValueError(f"{out}: another process trains there; end it, or give another --out") from None
+
+
 def replace(path: Path, text: str):
-    """Writes a small file that is always whole, the old one or the new one."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
-    _sync(temporary)
-    os.replace(temporary, path)
+    data.write_atomically(path, lambda file: file.write(text.encode()))
 
 
 # ---- Log and pictures --------------------------------------------------------------------------------------
@@ -716,7 +715,6 @@ def describe(cfg, origin, model, images, world):
 # ---- Ranks and signals -------------------------------------------------------------------------------------
 class Stop:
     """SIGTERM, SIGINT and SIGUSR1 ask for a checkpoint and an end at the next step; a second ends at once.
-
     Within a second it is the same one: a terminal and torchrun both hand it on."""
 
     def __init__(self):
@@ -800,6 +798,7 @@ class Trainer:
         self.kept = dict(optimizer=self.optimizer, scaler=self.scaler)
         self.best, self.bad, self.skipped = -1.0, set(), 0
         self.done, self.missed, self.fault, self.pending = 0, False, "", None
+        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.lap = Profile(device, log.out / f"trace-{rank}.json") if cfg.profile else lambda *_: {}
 
     def wrap(self):
@@ -814,7 +813,8 @@ class Trainer:
         """What all ranks know before a step: loss totals (2,), and whether one of them was told to stop."""
         norm = sum(set_norm(part.targets, self.cfg.num_queries) for part in parts)
         faults = {fault for part in parts for fault in part.faults}
-        row = torch.tensor([*norm, bool(stop.signal), len(faults)], dtype=torch.float64)
+        alone = self.launcher not in (None, os.getppid())  # a killed torchrun sends its ranks no signal
+        row = torch.tensor([*norm, bool(stop.signal) or alone, len(faults)], dtype=torch.float64)
         *norm, stopping, found = total(row, self.world)
         for fault in sorted(set().union(*evaluation.gather(faults)) - self.bad if found else ()):
             self.bad.add(fault)
@@ -971,9 +971,9 @@ class Trainer:
     def fit(self, first: int, stop: Stop) -> int:
         """Steps first..cfg.steps; the exit code."""
         cfg, self.done = self.cfg, first
-        batches = data.loader(self.sets["train"], cfg.batch_size, cfg.steps, cfg.seed, first, self.rank,
-                              self.world, cfg.device_batch_size, cfg.workers, pin=self.device.type == "cuda")
-        batches = data.staged(batches, self.device)
+        batches = data.staged(data.loader(
+            self.sets["train"], cfg.batch_size, cfg.steps, cfg.seed, first, self.rank, self.world,
+            cfg.device_batch_size, cfg.workers, pin=self.device.type == "cuda"), self.device)
         if self.missed:  # killed after the save and before the end of the evaluation
             self.evaluate(first)
         self.raw.train()
@@ -1097,7 +1097,7 @@ def open_data(cfg: Config, task, rank: int, begin) -> dict[str, data.SegmentData
     """The two splits. First the procedural world and the toy tower are made where --quick finds none."""
     if not cfg.data:
         raise ValueError("--data is missing; give the folder that holds the data set's zips, or use --quick")
-    seen = seen_classes(task.vocabulary, cfg.split)
+    seen, _ = vocab.split(task.vocabulary, cfg.split)
     worlds = {QUICK["data"]: (1024, 128, 0), QUICK_OPEN["data"]: (2048, 300, 0, seen)}
     if rank == 0 and cfg.data in worlds and not (Path(cfg.data) / "val2017.zip").exists():
         data.write_shapes(cfg.data, task.vocabulary, *worlds[cfg.data])
@@ -1122,14 +1122,13 @@ def open_model(cfg: Config, task, rank: int, sets, begin) -> eomt.OpenVocabEoMT:
               f"{heads}; give a run of the stage before as --init")
     elif rank == 0 and begin:
         print(f"stage {cfg.stage} starts from {cfg.init or cfg.out}")
-    seen = seen_classes(task.vocabulary, cfg.split)
+    seen, unseen = vocab.split(task.vocabulary, cfg.split)
     texts = dict(text=cfg.text_weights or cfg.encoder_weights, tokenizer=cfg.tokenizer)
     model.meta = {key: begin[2][key] for key in texts} if begin else texts
     model.meta |= dict(stage=cfg.stage, encoder=cfg.encoder, split=cfg.split, split_policy=cfg.split_policy,
                        languages=cfg.languages, template=cfg.templates, thresholds=evaluation.THRESHOLDS,
                        trained=[dataclasses.asdict(task.vocabulary), list(seen)], seen=list(seen),
-                       unseen=list(vocab.split(task.vocabulary, cfg.split)[1]) if cfg.split else [],
-                       ov={key: getattr(cfg, key) for key in evaluation.OV_KEYS},
+                       unseen=list(unseen), ov={key: getattr(cfg, key) for key in evaluation.OV_KEYS},
                        counts=sets["train"].class_counts().tolist() if sets else [])
     if sets:  # what calibration would refuse after the training is refused now
         plain = {key: "1" for key in ("ov_temp", "ov_reject") if vars(cfg)[key] == "auto"}
@@ -1178,7 +1177,8 @@ def run(cfg: Config, origin: dict) -> int:
     cfg.workers = min(cfg.workers, os.cpu_count() or 1)
     task = data.find_task(cfg.data, cfg.task)
     begin = read_start(cfg)
-    inherit(cfg, origin, begin, task.vocabulary)
+    if begin:
+        inherit(cfg, origin, begin, task.vocabulary)
     sets = None if cfg.dry_run else open_data(cfg, task, rank, begin)
     images = len(sets["train"]) if sets else task.images or cfg.batch_size
     cfg.steps = cfg.steps or max(1, int(cfg.epochs * max(1, images // cfg.batch_size)))

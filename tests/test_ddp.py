@@ -330,3 +330,25 @@ def test_one_rank_killed_under_torchrun(shapes, tmp_path):  # noqa: F811
     stopped = int(re.search(r"stopped by a signal at step (\d+)", text).group(1))
     assert train.run_steps(out)[0].name == f"step-{stopped:08d}" and stopped >= resumed + 3
     assert eomt.damaged(train.run_steps(out)[0]) is None and not processes(out)
+
+
+def test_torchrun_killed_and_one_run_a_folder(shapes, tmp_path):  # noqa: F811
+    """While ranks train nobody else may use their folder; when SIGKILL has taken their launcher, which tells
+    them nothing, they save and end, and the folder is free."""
+    out = tmp_path / "run"
+    job = torchrun(out, shapes, "--steps", 4000, "--workers", 1, "--save-every", 1000)
+    until(out, "step 6/")
+    for flag in ("--resume", "--overwrite"):
+        other = Run(out, *STEPS, "--data", shapes, "--out", out, "--steps", 4000, flag)
+        line = f"error: {out}: another process trains there; end it, or give another --out"
+        assert other.wait(30) == [1] and other.text().splitlines()[-1] == line, other.text()
+    job.kill()
+    job.wait(5)
+    until(out, "stopped by a signal at step", 20)
+    end = time.monotonic() + 10
+    while processes(out) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not processes(out)
+    stopped = train.run_steps(out)[0]
+    other = Run(out, *STEPS, "--data", shapes, "--out", out, "--steps", int(stopped.name[5:]) + 1, "--resume")
+    assert other.wait(60) == [1] and "started with other settings: steps 4000" in other.text(), other.text()
