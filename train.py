@@ -346,6 +346,8 @@ def read_start(cfg: Config):
 
 def inherit(cfg: Config, origin: dict, start, vocabulary):
     """What a later stage takes over from the checkpoint it starts from, where no flag says otherwise."""
+    if not start:
+        return
     config, _, meta = start
     kept = dict(config["open"], num_queries=config["num_queries"], num_blocks=config["num_blocks"],
                 size=meta["size"], templates=meta["template"], ov_pool=config["open"]["pool"],
@@ -607,7 +609,7 @@ def resume(out: Path, model, kept, cfg, say) -> int:
 def claim(out: Path, cfg: Config):
     """Refuses to mix two runs in one folder."""
     used = out.is_dir() and any(p.name == "config.json" or p.name.startswith("step-") for p in out.iterdir())
-    ours = (out / "log.txt").exists()  # a model of others has a config.json, too
+    ours = any((out / name).exists() for name in (".lock", "log.txt"))  # others have a config.json, too
     if used and ours and cfg.overwrite and not cfg.resume:
         lock(out)
         shutil.rmtree(out)
@@ -616,7 +618,6 @@ def claim(out: Path, cfg: Config):
         raise ValueError(f"{out}: {what}; --resume continues it, --overwrite replaces it; give one of these")
     out.mkdir(parents=True, exist_ok=True)
     lock(out)
-    (out / "log.txt").touch()
 
 
 def lock(out: Path):
@@ -1177,8 +1178,7 @@ def run(cfg: Config, origin: dict) -> int:
     cfg.workers = min(cfg.workers, os.cpu_count() or 1)
     task = data.find_task(cfg.data, cfg.task)
     begin = read_start(cfg)
-    if begin:
-        inherit(cfg, origin, begin, task.vocabulary)
+    inherit(cfg, origin, begin, task.vocabulary)
     sets = None if cfg.dry_run else open_data(cfg, task, rank, begin)
     images = len(sets["train"]) if sets else task.images or cfg.batch_size
     cfg.steps = cfg.steps or max(1, int(cfg.epochs * max(1, images // cfg.batch_size)))
