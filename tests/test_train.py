@@ -226,6 +226,7 @@ def test_run_folder(short_run):
     out, stdout = short_run
     names = {p.name for p in out.iterdir()}
     assert {
+        ".lock",
         "config.json",
         "log.txt",
         "metrics.jsonl",
