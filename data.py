@@ -248,18 +248,24 @@ class ZipReader(Reader):
         if self.method[i] == zipfile.ZIP_STORED:
             return ZipReader(self.path, self.start + start, int(self.size[i]), self.where(i))
         target = cache_file(self.path, f"{self.start} {member}", ".zip")
-        if not target.exists() or target.stat().st_size != self.size[i]:
-            if shutil.disk_usage(target.parent).free < self.size[i]:
-                need = f"no room for {self.size[i]} bytes of {self.where(i)}"
-                raise ValueError(f"{target.parent}: {need}; set XDG_CACHE_HOME to a larger disk")
-            try:  # a MB at a time; zipfile checks its length and CRC
-                with zipfile.ZipFile(_File(self)) as archive:  # which may know it by another name
-                    info = next(one for one in archive.infolist() if one.header_offset == self.offset[i])
-                    with archive.open(info) as packed:
-                        write_atomically(target, lambda file: shutil.copyfileobj(packed, file, 1 << 20))
-            except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-                raise ValueError(f"{self.where(i)}: damaged ({error}); download the archive again") from None
+        with open(self.path, "rb", opener=_open) as lock:
+            with contextlib.suppress(OSError):  # on a disk without locks each process unpacks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if not target.exists() or target.stat().st_size != self.size[i]:
+                self._unpack(i, target)
         return ZipReader(target, label=self.where(i))
+
+    def _unpack(self, i, target):
+        if shutil.disk_usage(target.parent).free < self.size[i]:
+            need = f"no room for {self.size[i]} bytes of {self.where(i)}"
+            raise ValueError(f"{target.parent}: {need}; set XDG_CACHE_HOME to a larger disk")
+        try:  # a MB at a time; zipfile checks its length and CRC
+            with zipfile.ZipFile(_File(self)) as archive:  # which may know it by another name
+                info = next(one for one in archive.infolist() if one.header_offset == self.offset[i])
+                with archive.open(info) as packed:
+                    write_atomically(target, lambda file: shutil.copyfileobj(packed, file, 1 << 20))
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise ValueError(f"{self.where(i)}: damaged ({error}); download the archive again") from None
 
 
 class _File(io.RawIOBase):
