@@ -373,7 +373,6 @@ class Taught(NamedTuple):
 
 class OpenVocabEoMT(EoMT):
     """EoMT over a siglip2.VisionTower, classified by a siglip2.OpenVocabHead whose vocabulary can be swapped.
-
     isolate: patches attend to patches alone, so that a frozen tower's tokens stay SigLIP 2's; the query rows
     run through copies of the last blocks (query_blocks "copy") or through these ("shared"). Else joint
     attention as in EoMT. fuse_last 3 adds two earlier layers to the mask features. query_init: "learnable",
@@ -528,7 +527,6 @@ class Instances(NamedTuple):
 def panoptic(masks: Tensor, classes: Tensor, window, content, size, thing, score_threshold=0.8,
              mask_threshold=0.5, overlap_threshold=0.8) -> Panoptic:
     """One image's logits, masks (Q,mh,mw) and classes (Q,K+1), to a panoptic map of `size` (H,W).
-
     window: (h,w) of the network input; content: (h,w) of the image in it without padding; thing: K bools.
     Thresholds of upstream's evaluation: class score > 0.8, mask >= 0.5, kept share of a mask >= 0.8 (> 0.8 in
     transformers). Raises ValueError where `thing` does not fit the classes."""
@@ -624,6 +622,8 @@ def accelerate(model: EoMT, fp8: bool = False, batch: int = 0) -> EoMT:
             module.to(torch.bfloat16)
         elif not batch:
             model.set_submodule(name, packed(module))
+    if fp8 and torch.float8_e4m3fn not in {buffer.dtype for buffer in model.buffers()}:
+        raise ValueError("fp8: its layers are packed, by a call without fp8 before; load the model again")
     if batch:
         model.meta["batch"] = batch
         model.compile(mode="reduce-overhead")
@@ -645,7 +645,6 @@ def segment(model: nn.Module, images: list[Tensor], kind: str, window: tuple[int
             thing: list[bool] | None = None, mask_prob: Tensor | None = None, batch: int = 8,
             sizes: list[tuple[int, int]] | None = None) -> list:
     """Images uint8 (3,H,W) of any sizes -> one result each, on the model's device.
-
     kind: "panoptic" -> Panoptic, "instance" -> Instances, "semantic" -> int64 class map (H,W).
     window: network input (h,w), default model.meta["size"]; thing: K bools, default model.meta["thing"].
     batch: at most this many windows go through the network at once; sizes: (H,W) of each result, where the
@@ -785,7 +784,6 @@ def _json(path) -> dict:
 def find(path: str | Path) -> Path:
     """The weight file of a run folder (best, else the newest step), of a step or Hugging Face folder, of a
     Hugging Face repository (by name, downloaded), or the file itself.
-
     Raises FileNotFoundError, or ValueError for a damaged checkpoint; of a run folder the next is taken."""
     path = Path(path)
     if not path.exists():
@@ -970,7 +968,6 @@ def _note(raw, path):
 
 def read(path: str | Path, base: str | Path | None = None) -> tuple[dict, dict[str, Tensor], dict]:
     """Any checkpoint -> (config, state under our names, meta); an encoder alone gives only config["encoder"].
-
     base: the DINOv3 encoder that a model zoo file is the difference to, for those files only.
     Raises FileNotFoundError or ValueError with one line; nothing in a file is ever executed."""
     path = find(path)
@@ -1024,7 +1021,6 @@ def _checked(header, raw, path):
 
 def _check_base(path, raw, base):
     """A file of differences, as the model zoo's DINOv3 ones, needs a base; all others must come without.
-
     Only upstream's spelling of DINOv3 can be one. Trained LayerNorm weights are nearly all positive, their
     changes have both signs, mostly minus (weight decay); what never changes, as pixel_std, is 0 there."""
     tokens = next((value for key, value in raw.items() if key.endswith("patch_embed.register_tokens")), None)
