@@ -1004,6 +1004,9 @@ def _checked(header, raw, path):
     state = {_WRAPPED.sub("", key): value for key, value in raw.items()}
     with _blame(path, "its header describes no model"), torch.device("meta"):
         config, meta = dict(header["config"]), dict(header["meta"])
+        # A relative path counts from here, else from where the training was started.
+        far = {k: Path(meta.get("cwd", ""), meta[k]) for k in {"text", "tokenizer", "data"} & meta.keys()}
+        meta |= {k: str(path) for k, path in far.items() if path.exists() and not Path(meta[k]).exists()}
         encoder, options = config["encoder"], config.get("open")
         width = len(state["encoder.norm.weight"])
         fits = [encoder["width"] == width, width % encoder["heads"] == 0,

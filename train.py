@@ -1191,7 +1191,7 @@ def run(cfg: Config, origin: dict) -> int:
         describe(cfg, origin, model, images, world)
     if cfg.dry_run:
         return 0
-    model.meta |= dict(task=cfg.task, kind=task.kind, size=cfg.size, data=cfg.data,
+    model.meta |= dict(task=cfg.task, kind=task.kind, size=cfg.size, data=cfg.data, cwd=os.getcwd(),
                        **{key: list(getattr(task.vocabulary, key)) for key in ("names", "ids", "thing")})
     trainer = Trainer(cfg, model.to(device), device, rank, world, Log(out := Path(cfg.out), rank), sets)
     first, began = start(trainer), time.time()
