@@ -333,11 +333,6 @@ def make_model(cfg: Config, vocabulary) -> eomt.EoMT:
         return eomt.EoMT(encoder, len(vocabulary.names), cfg.num_queries, cfg.num_blocks or None)
 
 
-def seen_classes(vocabulary, name: str) -> tuple[int, ...]:
-    """Class indices to train on."""
-    return vocab.split(vocabulary, name)[0] if name else tuple(range(len(vocabulary.names)))
-
-
 def read_start(cfg: Config):
     """(config, state, meta) of the checkpoint that a stage continues or starts from, or None."""
     path = cfg.out if cfg.resume and run_steps(Path(cfg.out)) else cfg.init
@@ -410,7 +405,7 @@ def make_open(cfg: Config, vocabulary, start) -> eomt.OpenVocabEoMT:
         tower = make_tower(cfg)
         text = make_text(cfg, vocabulary, tower.width)
     seen = torch.zeros(len(vocabulary.names), dtype=torch.bool)
-    seen[list(seen_classes(vocabulary, cfg.split))] = True
+    seen[list(vocab.split(vocabulary, cfg.split)[0])] = True
     torch.manual_seed(cfg.seed)  # the same heads whatever the tower drew
     head = siglip2.OpenVocabHead(tower.width, *text[:2], seen, *text[2:])
     model = eomt.OpenVocabEoMT(tower, head, cfg.num_queries, cfg.num_blocks or None, cfg.isolate,
@@ -476,10 +471,9 @@ def load_start(model: eomt.EoMT, cfg: Config, say):
     if config["num_queries"] != model.config["num_queries"]:
         skip += ("q.",)
         say(f"queries not loaded: {config['num_queries']} there, {model.config['num_queries']} here")
-    if "encoder.pos_embed" in state:
+    if (table := "encoder.pos_embed") in state:
         grid = tuple(config["encoder"]["grid"])
-        table = eomt.resample_positions(state["encoder.pos_embed"], grid, model.encoder.grid)
-        state["encoder.pos_embed"] = table  # (1, h*w, C)
+        state[table] = eomt.resample_positions(state[table], grid, model.encoder.grid)  # (1, h*w, C)
     eomt.fill(model, state, cfg.init, meta.get("origin"), skip)
     say(f"weights from {cfg.init}")
 
@@ -1097,7 +1091,7 @@ def open_data(cfg: Config, task, rank: int, begin) -> dict[str, data.SegmentData
     """The two splits. First the procedural world and the toy tower are made where --quick finds none."""
     if not cfg.data:
         raise ValueError("--data is missing; give the folder that holds the data set's zips, or use --quick")
-    seen = seen_classes(task.vocabulary, cfg.split)
+    seen, _ = vocab.split(task.vocabulary, cfg.split)
     worlds = {QUICK["data"]: (1024, 128, 0), QUICK_OPEN["data"]: (2048, 300, 0, seen)}
     if rank == 0 and cfg.data in worlds and not (Path(cfg.data) / "val2017.zip").exists():
         data.write_shapes(cfg.data, task.vocabulary, *worlds[cfg.data])
@@ -1122,14 +1116,13 @@ def open_model(cfg: Config, task, rank: int, sets, begin) -> eomt.OpenVocabEoMT:
               f"{heads}; give a run of the stage before as --init")
     elif rank == 0 and begin:
         print(f"stage {cfg.stage} starts from {cfg.init or cfg.out}")
-    seen = seen_classes(task.vocabulary, cfg.split)
+    seen, unseen = vocab.split(task.vocabulary, cfg.split)
     texts = dict(text=cfg.text_weights or cfg.encoder_weights, tokenizer=cfg.tokenizer)
     model.meta = {key: begin[2][key] for key in texts} if begin else texts
     model.meta |= dict(stage=cfg.stage, encoder=cfg.encoder, split=cfg.split, split_policy=cfg.split_policy,
                        languages=cfg.languages, template=cfg.templates, thresholds=evaluation.THRESHOLDS,
                        trained=[dataclasses.asdict(task.vocabulary), list(seen)], seen=list(seen),
-                       unseen=list(vocab.split(task.vocabulary, cfg.split)[1]) if cfg.split else [],
-                       ov={key: getattr(cfg, key) for key in evaluation.OV_KEYS},
+                       unseen=list(unseen), ov={key: getattr(cfg, key) for key in evaluation.OV_KEYS},
                        counts=sets["train"].class_counts().tolist() if sets else [])
     if sets:  # what calibration would refuse after the training is refused now
         plain = {key: "1" for key in ("ov_temp", "ov_reject") if vars(cfg)[key] == "auto"}

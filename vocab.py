@@ -547,7 +547,10 @@ def split(vocab, name):
     splits only ovcoco_48_17 has such: its sources pass over 15 of COCO's 80 things. They say nothing of
     stuff, all 53 on COCO_PANOPTIC count as seen. On COCO_INSTANCE a panoptic split keeps its things.
     ValueError `<file>!<name>: ...`: unknown split or class, a split of another vocabulary, an empty side.
+    Without a name all classes are seen.
     """
+    if not name:
+        return tuple(range(len(vocab.names))), ()
     if name in SPLITS:
         made_for, unseen, neither = SPLITS[name]
         if vocab.name not in made_for:

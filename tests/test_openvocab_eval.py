@@ -447,7 +447,7 @@ def losses(world, *argv):
     trainer, given = train.Trainer(cfg, model, torch.device("cpu")), []
     model.register_forward_pre_hook(lambda module, inputs: given.append(inputs[1]))
     images = data.SegmentDataset(world.root / "coco", "coco_panoptic", "train", data.Augment(64, (1.0, 1.0)),
-                                 set(range(133)) - set(train.seen_classes(vocab.COCO_PANOPTIC, cfg.split)))
+                                 set(range(133)) - set(vocab.split(vocab.COCO_PANOPTIC, cfg.split)[0]))
     part = data.collate([images[(0, i)] for i in range(4)])
     norm, _ = trainer.agree([part], SimpleNamespace(signal=0))
     return trainer.backward(0, 0, part, norm), given[0]
