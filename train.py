@@ -666,7 +666,7 @@ class Log:
     def record(self, **values):
         if self.rank == 0:
             with open(self.out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(values) + "\n")
+                file.write(evaluation.as_json(values) + "\n")
         if self.wandb:
             self.wandb.log(values, step=values["step"])
 
@@ -686,12 +686,10 @@ class Log:
 
     def draw_curves(self):
         """The losses, learning rate and headline number over steps."""
-        series = {}
-        for row in map(json.loads, (self.out / "metrics.jsonl").read_text().splitlines()):
-            for key in ("PQ", "mIoU", "AP", "loss", "mask", "dice", "class", "lr"):
-                if key in row and row[key] == row[key]:
-                    series.setdefault(key, []).append((row["step"], row[key]))
-        predict.draw_chart(series, self.out / "curves.png")
+        rows = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
+        keys = ("loss", "mask", "dice", "class", "lr", "PQ", "mIoU", "AP")
+        series = {key: [(row["step"], row[key]) for row in rows if row.get(key) is not None] for key in keys}
+        predict.draw_chart({key: points for key, points in series.items() if points}, self.out / "curves.png")
 
 
 def describe(cfg, origin, model, images, world):
@@ -792,7 +790,7 @@ class Trainer:
         self.cast = torch.autocast(device.type, dtypes[cfg.amp], enabled=cuda and cfg.amp != "off")
         self.scaler = torch.amp.GradScaler(enabled=cuda and cfg.amp == "fp16")
         self.kept = dict(optimizer=self.optimizer, scaler=self.scaler)
-        self.best, self.bad, self.skipped = -1.0, set(), 0
+        self.best, self.bad, self.skipped = -1.0, set(), 0  # best: nan, None after a resume, is below all
         self.done, self.missed, self.fault, self.pending = 0, False, "", None
         self.lap = Profile(device, log.out / f"trace-{rank}.json") if cfg.profile else lambda *_: {}
 
@@ -951,11 +949,11 @@ class Trainer:
         self.log.record(step=step, **result.numbers)
         if self.rank == 0:
             model.eval()  # the pictures: an open vocabulary has other classes in training
-            if not result.partial and not result.numbers[result.headline] <= self.best:  # nan is better
+            if not result.partial and (self.best is None or not result.numbers[result.headline] <= self.best):
                 self.best = result.numbers[result.headline]
                 save_checkpoint(out / "best", model, self.kept, cfg, step, model.meta, resumable=False)
             summary = dict(step=step, best=self.best, bad=len(self.bad), **result.numbers)
-            replace(out / "summary.json", json.dumps(summary, indent=1))
+            replace(out / "summary.json", evaluation.as_json(summary, indent=1))
             (out / "viz").mkdir(exist_ok=True)
             predict.draw_comparison(model, self.sets["val"], out / "viz" / f"step_{step:08d}.png")
             predict.draw_bars(result.per_class, out / f"{result.headline.lower()}_per_class.png")
