@@ -207,12 +207,10 @@ def _attend_rotated(cos, sin, attend, q, k, v):
     start = k.shape[2] - len(cos)  # patches come last; queries, cls and registers stay as they are: 1, 0
     cos = F.pad(cos, (0, 0, start, 0), value=1.0)[:, None].to(k.dtype)  # (N, 1, hd)
     sin = F.pad(sin, (0, 0, start, 0))[:, None].to(k.dtype)  # (N, 1, hd)
-
     def rotate(t):
         t = t.transpose(1, 2)  # (B, N, nh, hd): as in memory, or attention's output would be head by head
         a, b = t.chunk(2, -1)  # 2 x (B, N, nh, hd/2)
         return (t * cos + torch.cat([-b, a], -1) * sin).transpose(1, 2)  # (B, nh, N, hd)
-
     return attend(rotate(q), rotate(k), v)
 
 
@@ -765,7 +763,10 @@ def damaged(folder: Path) -> str | None:
     if not (folder / "meta.json").exists():
         return None
     try:
-        sums = dict(_json(folder / "meta.json")["sha256"])
+        meta = _json(folder / "meta.json")
+        sums, own = {**meta["sha256"]}, hashlib.sha256(json.dumps(meta.get("config")).encode()).hexdigest()
+        if meta.get("config_sha256", own) != own:  # older ones have none
+            raise ValueError
     except (ValueError, KeyError, TypeError):
         return f"{folder}!meta.json: damaged; use another checkpoint"
     for name, want in sums.items():

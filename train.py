@@ -471,9 +471,9 @@ def load_start(model: eomt.EoMT, cfg: Config, say):
     if config["num_queries"] != model.config["num_queries"]:
         skip += ("q.",)
         say(f"queries not loaded: {config['num_queries']} there, {model.config['num_queries']} here")
-    if (table := "encoder.pos_embed") in state:
+    if (key := "encoder.pos_embed") in state:
         grid = tuple(config["encoder"]["grid"])
-        state[table] = eomt.resample_positions(state[table], grid, model.encoder.grid)  # (1, h*w, C)
+        state[key] = eomt.resample_positions(state[key], grid, model.encoder.grid)  # (1, h*w, C)
     eomt.fill(model, state, cfg.init, meta.get("origin"), skip)
     say(f"weights from {cfg.init}")
 
@@ -529,7 +529,9 @@ def save_checkpoint(folder: Path, model, kept, cfg, step, meta, resumable=True):
             with open(temporary / "resume.pt", "wb") as file:  # torch's own writer does not say what failed
                 torch.save(dict(step=step) | {name: one.state_dict() for name, one in kept.items()}, file)
         sums = {p.name: eomt.sha256(p) for p in sorted(temporary.iterdir())}
-        text = json.dumps(dict(config=dataclasses.asdict(cfg), step=step, sha256=sums), indent=1)
+        config = dataclasses.asdict(cfg)
+        own = hashlib.sha256(json.dumps(config).encode()).hexdigest()
+        text = json.dumps(dict(config=config, config_sha256=own, step=step, sha256=sums), indent=1)
         (temporary / "meta.json").write_text(text)
         for path in [*temporary.iterdir(), temporary]:
             _sync(path)
@@ -671,11 +673,15 @@ class Log:
             self.wandb.log(values, step=values["step"])
 
     def rewind(self, step: int):
-        """Drops the rows after `step`, which will be made again, and a last one that a kill has cut."""
-        path = self.out / "metrics.jsonl"
-        if self.rank == 0 and path.exists():
-            whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
-            replace(path, "".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
+        """Drops the rows after `step`, which will be made again, and damaged ones, as a kill leaves one."""
+        path, kept = self.out / "metrics.jsonl", []
+        for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
+            try:
+                row = json.loads(line)
+                kept += [evaluation.as_json(row) + "\n"] if row["step"] <= step else []
+            except (ValueError, TypeError, LookupError, RecursionError):
+                self.say(f"warning: {path}: line {number} is damaged; it is left out")
+        replace(path, "".join(kept))
 
     def summary(self) -> dict:
         """What the last evaluation left; nothing where a power cut has damaged it."""
@@ -708,7 +714,6 @@ def describe(cfg, origin, model, images, world):
 # ---- Ranks and signals -------------------------------------------------------------------------------------
 class Stop:
     """SIGTERM, SIGINT and SIGUSR1 ask for a checkpoint and an end at the next step; a second ends at once.
-
     Within a second it is the same one: a terminal and torchrun both hand it on."""
 
     def __init__(self):
@@ -1145,8 +1150,8 @@ def start(trainer: Trainer) -> int:
         summary = log.summary()
         trainer.best = summary.get("best", -1.0)
         trainer.missed = first > 0 and trainer.due(first, cfg.eval_every) and summary.get("step") != first
-        log.rewind(first)
     if trainer.rank == 0:
+        log.rewind(first)
         trial = log.out / ".tmp-trial"
         save_checkpoint(trial, model, trainer.kept, cfg, first, model.meta)
         shutil.rmtree(trial)
