@@ -529,7 +529,7 @@ def save_checkpoint(folder: Path, model, kept, cfg, step, meta, resumable=True):
             with open(temporary / "resume.pt", "wb") as file:  # torch's own writer does not say what failed
                 torch.save(dict(step=step) | {name: one.state_dict() for name, one in kept.items()}, file)
         sums = {p.name: eomt.sha256(p) for p in sorted(temporary.iterdir())}
-        config = dataclasses.asdict(cfg)
+        config = dataclasses.asdict(cfg) | meta.get("images", {})
         own = hashlib.sha256(json.dumps(config).encode()).hexdigest()
         text = json.dumps(dict(config=config, config_sha256=own, step=step, sha256=sums), indent=1)
         (temporary / "meta.json").write_text(text)
@@ -589,9 +589,10 @@ def resume(out: Path, model, kept, cfg, say) -> int:
             say(f"warning: {fault}; taking the one before")
             continue
         stored = json.loads((folder / "meta.json").read_text()).get("config", {})
-        now = json.loads(json.dumps(dataclasses.asdict(cfg)))
+        images = model.meta.get("images", {})  # of which older runs say nothing
+        now = json.loads(json.dumps(dataclasses.asdict(cfg) | images))
         changes = [f"{k} {stored.get(k)} -> {now[k]}"
-                   for k in now if k not in MACHINE and now[k] != stored.get(k)]
+                   for k in now if k not in MACHINE and now[k] != stored.get(k, images.get(k))]
         if changes:
             raise ValueError(f"{folder}: the run was started with other settings: {', '.join(changes)}; "
                              "use the same, or another --out")
@@ -1187,6 +1188,9 @@ def run(cfg: Config, origin: dict) -> int:
         describe(cfg, origin, model, images, world)
     if cfg.dry_run:
         return 0
+    model.meta["images"] = {
+        f"{split} images": f"{len(one)} (names {hashlib.sha256(one.source.names).hexdigest()[:8]})"
+        for split, one in sets.items()}
     model.meta |= dict(task=cfg.task, kind=task.kind, size=cfg.size, data=cfg.data, cwd=os.getcwd(),
                        **{key: list(getattr(task.vocabulary, key)) for key in ("names", "ids", "thing")})
     trainer = Trainer(cfg, model.to(device), device, rank, world, Log(out := Path(cfg.out), rank), sets)
