@@ -55,6 +55,7 @@ from vocab import Vocabulary
 IMAGE_LIMIT = 1 << 28  # bytes of one picture, decompressed; the largest real one is near 20 MB
 JSON_LIMIT = 1 << 30  # COCO's largest JSON has 0.45 GB
 NESTED_LIMIT = 1 << 34  # COCO's largest nested zip has 0.8 GB
+LONGEST = 1000  # characters of a name: in an array of them each takes the room of the longest
 ENCRYPTED, NO_CRC = 99, -1  # in the columns `method` and `crc`
 GRACE = 30  # seconds that a data process outlives SIGTERM
 
@@ -63,12 +64,10 @@ def cache_dir() -> Path:
     """Folder for what is computed once per archive: ~/.cache/nanoeomt, else a private temporary one."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     for path in (Path(base) / "nanoeomt", Path(tempfile.gettempdir()) / f"nanoeomt-{os.getuid()}"):
-        try:
+        with contextlib.suppress(OSError):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError:
-            continue
-        if os.access(path, os.W_OK) and path.stat().st_uid == os.getuid():
-            return path
+            if os.access(path, os.W_OK) and path.stat().st_uid == os.getuid():
+                return path
     raise ValueError(f"{base}: no folder to keep the data index in; set XDG_CACHE_HOME to a writable folder")
 
 
@@ -101,16 +100,14 @@ def writable(path: str | Path) -> None:
 
 
 # ---- Readers -----------------------------------------------------------------------------------------------
-def _junk(name, label):
-    junk = name.endswith("/") or os.path.basename(name).startswith("._") or not {
+def _junk(name):
+    return name.endswith("/") or os.path.basename(name).startswith("._") or not {
         "__MACOSX", "lost+found", "@eaDir", ".Trashes", ".snapshot"}.isdisjoint(name.split("/"))
-    if not junk and len(name) > 1000:  # in an array of names each takes the room of the longest
-        raise ValueError(f"{label}!{name[:60]}...: a name of {len(name)} characters; make it shorter")
-    return junk
 
 
 class Reader:
-    """The sorted names (`names`, bytes array (n,)) of what is in an archive or folder; look-ups on them."""
+    """The sorted names (`names`, bytes array (n,)) of what is in an archive or folder; look-ups on them.
+    Those over LONGEST are in `long` alone: in nobody's way, and an error where they are wanted."""
 
     def find(self, names: Iterable[str]) -> np.ndarray:
         """Index of each name, int64 (n,), -1 where there is none."""
@@ -138,7 +135,9 @@ class Reader:
         for name in (names[i] for i in np.flatnonzero(at < 0)):
             other = lower.get(os.fsencode(name).lower())
             found = f"case differs, there is {os.fsdecode(other)}" if other else "missing"
-            problems.append(f"{self.label}!{name}: {found}; get it, or fix the annotation file")
+            fault = f"a name of {len(name)} characters; make it shorter" if len(name) > LONGEST else \
+                f"{found}; get it, or fix the annotation file"
+            problems.append(f"{self.label}!{name}: {fault}")
         twice = np.append(self.names[1:] == self.names[:-1], False)
         for i in at[twice[at]]:  # -1 is the last, which never is one of two
             problems.append(f"{self.where(i)}: there more than once; pack this archive again")
@@ -153,7 +152,7 @@ class Reader:
 
     def under(self, prefix: str, suffixes: tuple[str, ...]) -> list[str]:
         """Sorted names that start with `prefix` and end with one of `suffixes`, without the prefix."""
-        names, ends = map(os.fsdecode, self.names), tuple(suffix.lower() for suffix in suffixes)
+        names, ends = [*map(os.fsdecode, self.names), *self.long], tuple(end.lower() for end in suffixes)
         return [n[len(prefix):] for n in names if n.startswith(prefix) and n.lower().endswith(ends)]
 
 
@@ -175,10 +174,8 @@ def _mode(path):
     """What is at a path, for stat.S_ISREG and S_ISDIR; 0 if nothing is there."""
     try:
         return os.stat(path).st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        return 0
     except OSError as error:
-        _refuse(error)
+        return 0 if isinstance(error, FileNotFoundError | NotADirectoryError) else _refuse(error)
 
 
 class ZipReader(Reader):
@@ -191,7 +188,9 @@ class ZipReader(Reader):
             raise FileNotFoundError(f"{path}: not found; check the path, or download it")
         self.length = os.path.getsize(path) - start if length is None else length
         rows = _tar_rows(self) if self.path.endswith(".tar") else _zip_rows(self)
-        rows = sorted((os.fsencode(name), *rest) for name, *rest in rows if not _junk(name, self.label))
+        rows = [row for row in rows if not _junk(row[0])]
+        self.long = [name for name, *_ in rows if len(name) > LONGEST]
+        rows = sorted((os.fsencode(name), *rest) for name, *rest in rows if len(name) <= LONGEST)
         self.names = np.array([row[0] for row in rows], dtype="S")
         table = np.array([row[1:] for row in rows], np.int64).reshape(-1, 5)  # (n, 5)
         self.offset, self.packed, self.size, self.crc = table[:, :4].T.copy()
@@ -249,18 +248,24 @@ class ZipReader(Reader):
         if self.method[i] == zipfile.ZIP_STORED:
             return ZipReader(self.path, self.start + start, int(self.size[i]), self.where(i))
         target = cache_file(self.path, f"{self.start} {member}", ".zip")
-        if not target.exists() or target.stat().st_size != self.size[i]:
-            if shutil.disk_usage(target.parent).free < self.size[i]:
-                need = f"no room for {self.size[i]} bytes of {self.where(i)}"
-                raise ValueError(f"{target.parent}: {need}; set XDG_CACHE_HOME to a larger disk")
-            try:  # a MB at a time; zipfile checks its length and CRC
-                with zipfile.ZipFile(_File(self)) as archive:  # which may know it by another name
-                    info = next(one for one in archive.infolist() if one.header_offset == self.offset[i])
-                    with archive.open(info) as packed:
-                        write_atomically(target, lambda file: shutil.copyfileobj(packed, file, 1 << 20))
-            except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-                raise ValueError(f"{self.where(i)}: damaged ({error}); download the archive again") from None
+        with open(self.path, "rb", opener=_open) as lock:
+            with contextlib.suppress(OSError):  # on a disk without locks each process unpacks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if not target.exists() or target.stat().st_size != self.size[i]:
+                self._unpack(i, target)
         return ZipReader(target, label=self.where(i))
+
+    def _unpack(self, i, target):
+        if shutil.disk_usage(target.parent).free < self.size[i]:
+            need = f"no room for {self.size[i]} bytes of {self.where(i)}"
+            raise ValueError(f"{target.parent}: {need}; set XDG_CACHE_HOME to a larger disk")
+        try:  # a MB at a time; zipfile checks its length and CRC
+            with zipfile.ZipFile(_File(self)) as archive:  # which may know it by another name
+                info = next(one for one in archive.infolist() if one.header_offset == self.offset[i])
+                with archive.open(info) as packed:
+                    write_atomically(target, lambda file: shutil.copyfileobj(packed, file, 1 << 20))
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise ValueError(f"{self.where(i)}: damaged ({error}); download the archive again") from None
 
 
 class _File(io.RawIOBase):
@@ -300,10 +305,9 @@ def _zip_rows(reader):
 
 def _as_utf8(name):
     """A name without the UTF-8 flag, read as cp437 by zipfile: what most tools wrote is UTF-8."""
-    try:
-        return name if name.isascii() else name.encode("cp437").decode()
-    except UnicodeError:
-        return name
+    with contextlib.suppress(UnicodeError):
+        name = name.encode("cp437").decode()  # ASCII is the same in both
+    return name
 
 
 def _tar_rows(reader):
@@ -322,13 +326,14 @@ class FolderReader(Reader):
         self.path = self.label = str(path)
         names, real, top = [], {}, os.path.join(Path(path), "")
         walk = os.walk(Path(path), followlinks=True, onerror=lambda error: _junk(
-            os.path.basename(error.filename), path) or _refuse(error))
+            os.path.basename(error.filename)) or _refuse(error))
         for folder, folders, files in walk:
             real[folder] = (*real.get(os.path.dirname(folder), ()), os.path.realpath(folder))
             if real[folder][-1] in real[folder][:-1]:  # a link to a folder that it lies in
                 folders[:] = files[:] = ()
-            names += [os.path.join(folder, file).removeprefix(top) for file in files]
-        self.names = np.array(sorted(os.fsencode(n) for n in names if not _junk(n, path)), dtype="S")
+            names += [n for file in files if not _junk(n := os.path.join(folder, file).removeprefix(top))]
+        self.long = [name for name in names if len(name) > LONGEST]
+        self.names = np.array(sorted(os.fsencode(n) for n in names if len(n) <= LONGEST), dtype="S")
 
     def read(self, member: str | int, limit: int = IMAGE_LIMIT) -> bytes:
         i = self.index(member)
@@ -662,11 +667,8 @@ def write_ids(ids: np.ndarray, file) -> None:
     Image.fromarray(channels).save(file, "PNG")
 
 
-# ----------------------------------------------------------------------------------------------------
-# Sources, one per layout: `images` (reader), `members` (n,) indices in it, `names`, `image_ids`, `problems`
-# (what is wrong, as far as it shows without decoding), `target(i, crowd)` with or without crowds, `labels()`
-
-
+# ---- Sources, one per layout: `images` (reader), `members` (n,) indices in it, `names`, `image_ids`, -------
+# `problems` (what is wrong, seen without decoding), `target(i, crowd)` with or without crowds, `labels()`
 def coco_table(root: str | Path, kind: str, split: str) -> tuple[Table, Reader, str]:
     """Arrays of a COCO JSON (`kind` panoptic or instances), its reader, and its name without .json."""
     archive = "annotations_trainval2017.zip"
@@ -783,16 +785,15 @@ class LabelPairs:
         folder = self.spec.splits[split == "val"]
         self.images, prefix = mount(root, [self.spec.images.format(folder)], self.spec.archives[:1])
         self.masks, mask_prefix = mount(root, [self.spec.masks.format(folder)], self.spec.archives[1:])
-        suffix, mask_suffix = self.spec.suffixes
+        suffix, mask_end = self.spec.suffixes
         names = self.images.under(prefix, (suffix,) if suffix else (".jpg", ".jpeg", ".png"))
         if not names:
             raise FileNotFoundError(f"{self.images.label}!{prefix}: no pictures; download it again")
         self.names, self.image_ids = np.array([n.encode() for n in names]), np.arange(len(names))
         self.members = self.images.locate([prefix + n for n in names], self.problems)
         self.stems = [n[:-len(suffix)] if suffix else n.rsplit(".", 1)[0] for n in names]
-        masks = [mask_prefix + stem + mask_suffix for stem in self.stems]
-        self.mask_members = self.masks.locate(masks, self.problems)
-        stems = {n[:-len(mask_suffix)] for n in self.masks.under(mask_prefix, (mask_suffix,))}
+        self.mask_members = self.masks.locate([mask_prefix + s + mask_end for s in self.stems], self.problems)
+        stems = {n[:-len(mask_end)] for n in self.masks.under(mask_prefix, (mask_end,))}
         self.problems += [f"{self.images.label}!{prefix}{s}{suffix}: missing; get it, or drop its PNG"
                           for s in sorted(stems.difference(self.stems))]
         self.slot = np.full(256, -1)  # pixel value -> class index + 1; 0 ignored; -1 unknown
@@ -1328,7 +1329,6 @@ def eval_loader(dataset: SegmentDataset, rank: int = 0, world: int = 1, workers:
 
 
 # ---- The procedural world: things (colour x shape) over stuff (ground x pattern), as official COCO zips ----
-
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 80, 230), "yellow": (235, 220, 50),
            "white": (245, 245, 245), "gray": (105, 105, 105), "brown": (125, 80, 35), "teal": (20, 110, 110)}
 

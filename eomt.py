@@ -207,12 +207,10 @@ def _attend_rotated(cos, sin, attend, q, k, v):
     start = k.shape[2] - len(cos)  # patches come last; queries, cls and registers stay as they are: 1, 0
     cos = F.pad(cos, (0, 0, start, 0), value=1.0)[:, None].to(k.dtype)  # (N, 1, hd)
     sin = F.pad(sin, (0, 0, start, 0))[:, None].to(k.dtype)  # (N, 1, hd)
-
     def rotate(t):
         t = t.transpose(1, 2)  # (B, N, nh, hd): as in memory, or attention's output would be head by head
         a, b = t.chunk(2, -1)  # 2 x (B, N, nh, hd/2)
         return (t * cos + torch.cat([-b, a], -1) * sin).transpose(1, 2)  # (B, nh, N, hd)
-
     return attend(rotate(q), rotate(k), v)
 
 
@@ -373,7 +371,6 @@ class Taught(NamedTuple):
 
 class OpenVocabEoMT(EoMT):
     """EoMT over a siglip2.VisionTower, classified by a siglip2.OpenVocabHead whose vocabulary can be swapped.
-
     isolate: patches attend to patches alone, so that a frozen tower's tokens stay SigLIP 2's; the query rows
     run through copies of the last blocks (query_blocks "copy") or through these ("shared"). Else joint
     attention as in EoMT. fuse_last 3 adds two earlier layers to the mask features. query_init: "learnable",
@@ -528,7 +525,6 @@ class Instances(NamedTuple):
 def panoptic(masks: Tensor, classes: Tensor, window, content, size, thing, score_threshold=0.8,
              mask_threshold=0.5, overlap_threshold=0.8) -> Panoptic:
     """One image's logits, masks (Q,mh,mw) and classes (Q,K+1), to a panoptic map of `size` (H,W).
-
     window: (h,w) of the network input; content: (h,w) of the image in it without padding; thing: K bools.
     Thresholds of upstream's evaluation: class score > 0.8, mask >= 0.5, kept share of a mask >= 0.8 (> 0.8 in
     transformers). Raises ValueError where `thing` does not fit the classes."""
@@ -624,6 +620,8 @@ def accelerate(model: EoMT, fp8: bool = False, batch: int = 0) -> EoMT:
             module.to(torch.bfloat16)
         elif not batch:
             model.set_submodule(name, packed(module))
+    if fp8 and torch.float8_e4m3fn not in {buffer.dtype for buffer in model.buffers()}:
+        raise ValueError("fp8: its layers are packed, by a call without fp8 before; load the model again")
     if batch:
         model.meta["batch"] = batch
         model.compile(mode="reduce-overhead")
@@ -645,7 +643,6 @@ def segment(model: nn.Module, images: list[Tensor], kind: str, window: tuple[int
             thing: list[bool] | None = None, mask_prob: Tensor | None = None, batch: int = 8,
             sizes: list[tuple[int, int]] | None = None) -> list:
     """Images uint8 (3,H,W) of any sizes -> one result each, on the model's device.
-
     kind: "panoptic" -> Panoptic, "instance" -> Instances, "semantic" -> int64 class map (H,W).
     window: network input (h,w), default model.meta["size"]; thing: K bools, default model.meta["thing"].
     batch: at most this many windows go through the network at once; sizes: (H,W) of each result, where the
@@ -766,7 +763,10 @@ def damaged(folder: Path) -> str | None:
     if not (folder / "meta.json").exists():
         return None
     try:
-        sums = dict(_json(folder / "meta.json")["sha256"])
+        meta = _json(folder / "meta.json")
+        sums, own = {**meta["sha256"]}, hashlib.sha256(json.dumps(meta.get("config")).encode()).hexdigest()
+        if meta.get("config_sha256", own) != own:  # older ones have none
+            raise ValueError
     except (ValueError, KeyError, TypeError):
         return f"{folder}!meta.json: damaged; use another checkpoint"
     for name, want in sums.items():
@@ -785,7 +785,6 @@ def _json(path) -> dict:
 def find(path: str | Path) -> Path:
     """The weight file of a run folder (best, else the newest step), of a step or Hugging Face folder, of a
     Hugging Face repository (by name, downloaded), or the file itself.
-
     Raises FileNotFoundError, or ValueError for a damaged checkpoint; of a run folder the next is taken."""
     path = Path(path)
     if not path.exists():
@@ -970,7 +969,6 @@ def _note(raw, path):
 
 def read(path: str | Path, base: str | Path | None = None) -> tuple[dict, dict[str, Tensor], dict]:
     """Any checkpoint -> (config, state under our names, meta); an encoder alone gives only config["encoder"].
-
     base: the DINOv3 encoder that a model zoo file is the difference to, for those files only.
     Raises FileNotFoundError or ValueError with one line; nothing in a file is ever executed."""
     path = find(path)
@@ -1007,6 +1005,9 @@ def _checked(header, raw, path):
     state = {_WRAPPED.sub("", key): value for key, value in raw.items()}
     with _blame(path, "its header describes no model"), torch.device("meta"):
         config, meta = dict(header["config"]), dict(header["meta"])
+        # A relative path counts from here, else from where the training was started.
+        far = {k: Path(meta.get("cwd", ""), meta[k]) for k in {"text", "tokenizer", "data"} & meta.keys()}
+        meta |= {k: str(path) for k, path in far.items() if path.exists() and not Path(meta[k]).exists()}
         encoder, options = config["encoder"], config.get("open")
         width = len(state["encoder.norm.weight"])
         fits = [encoder["width"] == width, width % encoder["heads"] == 0,
@@ -1024,7 +1025,6 @@ def _checked(header, raw, path):
 
 def _check_base(path, raw, base):
     """A file of differences, as the model zoo's DINOv3 ones, needs a base; all others must come without.
-
     Only upstream's spelling of DINOv3 can be one. Trained LayerNorm weights are nearly all positive, their
     changes have both signs, mostly minus (weight decay); what never changes, as pixel_std, is 0 there."""
     tokens = next((value for key, value in raw.items() if key.endswith("patch_embed.register_tokens")), None)

@@ -11,7 +11,6 @@ Evaluation never skips an image: the score is of the whole set, or there is none
 """
 # SPDX-License-Identifier: MIT
 import argparse
-import itertools
 import json
 import math
 import os
@@ -60,6 +59,11 @@ def line(result: Result) -> str:
     return f"{text} images {result.images} in {result.seconds:.1f} s" + " (partial)" * result.partial
 
 
+def as_json(values: dict, indent: int | None = None) -> str:
+    """JSON text; NaN and infinities, which JSON lacks, become null."""
+    return json.dumps(json.loads(json.dumps(values), parse_constant=lambda word: None), indent=indent)
+
+
 # ---- One image: model output and target in the metric's terms ----------------------------------------------
 def add_panoptic(metric, result, sample):
     target = sample.target
@@ -77,7 +81,6 @@ def add_semantic(metric, result, sample):
 
 def overlaps(masks, truth, chunk=1 << 18):
     """Areas (D,) and (G,), shared pixels (D,G), int64, of bool masks (D,H,W) and (G,H,W) on one device.
-
     Sums of 0/1 products in fp32 (TF32 too) are exact up to 2**24; a chunk of 100 masks takes 100 MB."""
     a, b = masks.flatten(1), truth.flatten(1)  # (D, H*W), (G, H*W)
     pairs = zip(a.split(chunk, 1), b.split(chunk, 1), strict=True)
@@ -358,7 +361,6 @@ def sweep(model, dataset, args, rank, world) -> Result:
 # ---- Exports in the layouts of the official tools ----------------------------------------------------------
 class Export:
     """Called with every (result, sample), it writes the former at `path` as the official tools want them.
-
     panoptic: COCO's submission, PATH/NAME.png and in PATH.json a row; instance: COCO's results, in PATH a row
     of image_id, category_id, RLE segmentation and score each; semantic: PATH/NAME.png with the data set's own
     label values: ADE20K 1..150, Cityscapes labelIds."""
@@ -366,8 +368,7 @@ class Export:
     def __init__(self, path: str, task: data.Task):
         self.path, self.task, self.rows = Path(path).resolve(), task, []  # resolved, "." has a name
         self.file = dict(panoptic=Path(f"{self.path}.json"), instance=self.path).get(task.kind)
-        folder = self.path.parent if task.kind == "instance" else self.path
-        folder.mkdir(parents=True, exist_ok=True)
+        (self.path.parent if task.kind == "instance" else self.path).mkdir(parents=True, exist_ok=True)
         if self.file:
             data.writable(self.file)  # what cannot be written is known now, not after the evaluation
 
@@ -395,7 +396,7 @@ class Export:
 
     def finish(self, rank):
         """Rank 0 writes the rows of all ranks in the order of their images."""
-        rows = sorted(itertools.chain(*gather(self.rows)), key=lambda row: row["image_id"])
+        rows = sorted(sum(gather(self.rows), []), key=lambda row: row["image_id"])
         if rank == 0 and self.file:
             self.file.write_text(json.dumps(dict(annotations=rows) if self.task.kind == "panoptic" else rows))
 
@@ -578,8 +579,7 @@ def run(args) -> Result:
         if rank == 0:
             print(line(result))
             if args.out:
-                known = {key: None if value != value else value for key, value in result.numbers.items()}
-                Path(args.out).write_text(json.dumps(known | dict(images=result.images), indent=1))
+                Path(args.out).write_text(as_json(result.numbers | dict(images=result.images), indent=1))
     if world > 1:
         dist.destroy_process_group()
     return result

@@ -471,10 +471,9 @@ def load_start(model: eomt.EoMT, cfg: Config, say):
     if config["num_queries"] != model.config["num_queries"]:
         skip += ("q.",)
         say(f"queries not loaded: {config['num_queries']} there, {model.config['num_queries']} here")
-    if "encoder.pos_embed" in state:
+    if (key := "encoder.pos_embed") in state:
         grid = tuple(config["encoder"]["grid"])
-        table = eomt.resample_positions(state["encoder.pos_embed"], grid, model.encoder.grid)
-        state["encoder.pos_embed"] = table  # (1, h*w, C)
+        state[key] = eomt.resample_positions(state[key], grid, model.encoder.grid)  # (1, h*w, C)
     eomt.fill(model, state, cfg.init, meta.get("origin"), skip)
     say(f"weights from {cfg.init}")
 
@@ -528,7 +527,9 @@ def save_checkpoint(folder: Path, model, kept, cfg, step, meta, resumable=True):
             with open(temporary / "resume.pt", "wb") as file:  # torch's own writer does not say what failed
                 torch.save(dict(step=step) | {name: one.state_dict() for name, one in kept.items()}, file)
         sums = {p.name: eomt.sha256(p) for p in sorted(temporary.iterdir())}
-        text = json.dumps(dict(config=dataclasses.asdict(cfg), step=step, sha256=sums), indent=1)
+        config = dataclasses.asdict(cfg) | meta.get("images", {})
+        own = hashlib.sha256(json.dumps(config).encode()).hexdigest()
+        text = json.dumps(dict(config=config, config_sha256=own, step=step, sha256=sums), indent=1)
         (temporary / "meta.json").write_text(text)
         for path in [*temporary.iterdir(), temporary]:
             _sync(path)
@@ -586,9 +587,10 @@ def resume(out: Path, model, kept, cfg, say) -> int:
             say(f"warning: {fault}; taking the one before")
             continue
         stored = json.loads((folder / "meta.json").read_text()).get("config", {})
-        now = json.loads(json.dumps(dataclasses.asdict(cfg)))
+        images = model.meta.get("images", {})  # of which older runs say nothing
+        now = json.loads(json.dumps(dataclasses.asdict(cfg) | images))
         changes = [f"{k} {stored.get(k)} -> {now[k]}"
-                   for k in now if k not in MACHINE and now[k] != stored.get(k)]
+                   for k in now if k not in MACHINE and now[k] != stored.get(k, images.get(k))]
         if changes:
             raise ValueError(f"{folder}: the run was started with other settings: {', '.join(changes)}; "
                              "use the same, or another --out")
@@ -672,16 +674,20 @@ class Log:
     def record(self, **values):
         if self.rank == 0:
             with open(self.out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(values) + "\n")
+                file.write(evaluation.as_json(values) + "\n")
         if self.wandb:
             self.wandb.log(values, step=values["step"])
 
     def rewind(self, step: int):
-        """Drops the rows after `step`, which will be made again, and a last one that a kill has cut."""
-        path = self.out / "metrics.jsonl"
-        if self.rank == 0 and path.exists():
-            whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
-            replace(path, "".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
+        """Drops the rows after `step`, which will be made again, and damaged ones, as a kill leaves one."""
+        path, kept = self.out / "metrics.jsonl", []
+        for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
+            try:
+                row = json.loads(line)
+                kept += [evaluation.as_json(row) + "\n"] if row["step"] <= step else []
+            except (ValueError, TypeError, LookupError, RecursionError):
+                self.say(f"warning: {path}: line {number} is damaged; it is left out")
+        replace(path, "".join(kept))
 
     def summary(self) -> dict:
         """What the last evaluation left; nothing where a power cut has damaged it."""
@@ -692,12 +698,10 @@ class Log:
 
     def draw_curves(self):
         """The losses, learning rate and headline number over steps."""
-        series = {}
-        for row in map(json.loads, (self.out / "metrics.jsonl").read_text().splitlines()):
-            for key in ("PQ", "mIoU", "AP", "loss", "mask", "dice", "class", "lr"):
-                if key in row and row[key] == row[key]:
-                    series.setdefault(key, []).append((row["step"], row[key]))
-        predict.draw_chart(series, self.out / "curves.png")
+        rows = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
+        keys = ("loss", "mask", "dice", "class", "lr", "PQ", "mIoU", "AP")
+        series = {key: [(row["step"], row[key]) for row in rows if row.get(key) is not None] for key in keys}
+        predict.draw_chart({key: points for key, points in series.items() if points}, self.out / "curves.png")
 
 
 def describe(cfg, origin, model, images, world):
@@ -797,7 +801,7 @@ class Trainer:
         self.cast = torch.autocast(device.type, dtypes[cfg.amp], enabled=cuda and cfg.amp != "off")
         self.scaler = torch.amp.GradScaler(enabled=cuda and cfg.amp == "fp16")
         self.kept = dict(optimizer=self.optimizer, scaler=self.scaler)
-        self.best, self.bad, self.skipped = -1.0, set(), 0
+        self.best, self.bad, self.skipped = -1.0, set(), 0  # best: nan, None after a resume, is below all
         self.done, self.missed, self.fault, self.pending = 0, False, "", None
         self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.lap = Profile(device, log.out / f"trace-{rank}.json") if cfg.profile else lambda *_: {}
@@ -958,11 +962,11 @@ class Trainer:
         self.log.record(step=step, **result.numbers)
         if self.rank == 0:
             model.eval()  # the pictures: an open vocabulary has other classes in training
-            if not result.partial and not result.numbers[result.headline] <= self.best:  # nan is better
+            if not result.partial and (self.best is None or not result.numbers[result.headline] <= self.best):
                 self.best = result.numbers[result.headline]
                 save_checkpoint(out / "best", model, self.kept, cfg, step, model.meta, resumable=False)
             summary = dict(step=step, best=self.best, bad=len(self.bad), **result.numbers)
-            replace(out / "summary.json", json.dumps(summary, indent=1))
+            replace(out / "summary.json", evaluation.as_json(summary, indent=1))
             (out / "viz").mkdir(exist_ok=True)
             predict.draw_comparison(model, self.sets["val"], out / "viz" / f"step_{step:08d}.png")
             predict.draw_bars(result.per_class, out / f"{result.headline.lower()}_per_class.png")
@@ -1154,8 +1158,8 @@ def start(trainer: Trainer) -> int:
         summary = log.summary()
         trainer.best = summary.get("best", -1.0)
         trainer.missed = first > 0 and trainer.due(first, cfg.eval_every) and summary.get("step") != first
-        log.rewind(first)
     if trainer.rank == 0:
+        log.rewind(first)
         trial = log.out / ".tmp-trial"
         save_checkpoint(trial, model, trainer.kept, cfg, first, model.meta)
         shutil.rmtree(trial)
@@ -1191,7 +1195,10 @@ def run(cfg: Config, origin: dict) -> int:
         describe(cfg, origin, model, images, world)
     if cfg.dry_run:
         return 0
-    model.meta |= dict(task=cfg.task, kind=task.kind, size=cfg.size, data=cfg.data,
+    model.meta["images"] = {
+        f"{split} images": f"{len(one)} (names {hashlib.sha256(one.source.names).hexdigest()[:8]})"
+        for split, one in sets.items()}
+    model.meta |= dict(task=cfg.task, kind=task.kind, size=cfg.size, data=cfg.data, cwd=os.getcwd(),
                        **{key: list(getattr(task.vocabulary, key)) for key in ("names", "ids", "thing")})
     trainer = Trainer(cfg, model.to(device), device, rank, world, Log(out := Path(cfg.out), rank), sets)
     first, began = start(trainer), time.time()

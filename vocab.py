@@ -541,15 +541,15 @@ SPLITS = {
 def split(vocab, name):
     """Returns (seen, unseen): two sorted tuples of class indices of `vocab` that share none.
 
-    `name` is "" (all are seen), one of SPLITS or the path of a JSON file: a list of unseen class names, or
-    {"unseen": [...], "seen": [...]} ("seen" left out: all others). Names match the data set's spelling or a
-    synonym, any case.
+    `name` is one of SPLITS or the path of a JSON file: a list of unseen class names, or {"unseen": [...],
+    "seen": [...]} ("seen" left out: all others). Names match the data set's spelling or a synonym, any case.
     Classes may be in neither tuple: do not train on them and leave them out of the numbers. Of the built-in
     splits only ovcoco_48_17 has such: its sources pass over 15 of COCO's 80 things. They say nothing of
     stuff, all 53 on COCO_PANOPTIC count as seen. On COCO_INSTANCE a panoptic split keeps its things.
     ValueError `<file>!<name>: ...`: unknown split or class, a split of another vocabulary, an empty side.
+    Without a name all classes are seen.
     """
-    if name == "":
+    if not name:
         return tuple(range(len(vocab.names))), ()
     if name in SPLITS:
         made_for, unseen, neither = SPLITS[name]

@@ -347,6 +347,26 @@ def test_damage_takes_the_one_before(parts, tmp_path, file, fault):
         train.resume(out, model, kept, cfg, said.append)
 
 
+def test_flipped_byte_of_a_record(parts, tmp_path):
+    """Of meta.json: the checkpoint is passed over, or nothing has changed that matters; never the settings
+    that the run is said to have been started with."""
+    cfg, model, kept = parts
+    for step in (1, 2):
+        save(parts, tmp_path, step)
+    path, steps = tmp_path / "step-00000002" / "meta.json", set()
+    whole = path.read_bytes()
+    for at in range(0, len(whole), 5):
+        path.write_bytes(whole)
+        flip(path, at)
+        steps.add(step := train.resume(tmp_path, model, kept, cfg, str))
+        assert (model.q.weight == step).all()
+    assert 1 in steps
+    record = json.loads(whole)  # of an older run
+    del record["config_sha256"]
+    path.write_text(json.dumps(record))
+    assert train.resume(tmp_path, model, kept, cfg, str) == 2
+
+
 @pytest.mark.parametrize("before,after", [(True, True), (True, False), (False, True)])
 def test_gradient_scale_goes_on(parts, tmp_path, before, after):
     """fp16 goes on with the scale that it had found; --amp may change between a run and its resumption."""
@@ -368,9 +388,38 @@ def test_summary_and_rows_survive_a_cut(tmp_path):
         (tmp_path / "summary.json").write_text(text)
         assert log.summary() == ({"best": 3.5} if "best" in text else {}), text
     (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": NaN}\n{"step": 3}\n{"st'
+        '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": NaN}\n{"step": 3}\n{"st'  # NaN: of an older run
     )
     log.rewind(2)
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": NaN}\n'
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": null}\n'
     log.record(step=3, loss=1.0)
     log.draw_curves()
+
+
+@pytest.mark.parametrize("line", [b'{"step": 2,, "loss": 1.0}', b'{"stap": 2}', b"[2]", b"2", b"",
+                                  b'{"step": "2"}', b'{"step": 2, "\xff": 1}', b"\0\0\0\0", b"[" * 100000])
+def test_damaged_rows_are_named_and_left_out(tmp_path, capsys, line):
+    log, path = train.Log(tmp_path, 0), tmp_path / "metrics.jsonl"
+    rows = [b'{"step": 1, "loss": 3.25}', b'{"step": 3, "loss": 2.5}']
+    path.write_bytes(b"\n".join([rows[0], line, rows[1], b'{"step": 4}', b""]))
+    log.rewind(3)
+    assert path.read_bytes() == b"\n".join([*rows, b""])
+    assert capsys.readouterr().out == f"warning: {path}: line 2 is damaged; it is left out\n"
+    log.draw_curves()
+
+
+def test_numbers_that_are_none_are_null(tmp_path):
+    """NaN and Infinity are no JSON; as null they come back, and are in no curve."""
+    def strict(text):
+        return json.loads(text, parse_constant=lambda word: pytest.fail(word))
+
+    log = train.Log(tmp_path, 0)
+    log.record(step=1, loss=float("nan"), lr=0.5, PQ=float("nan"))
+    log.record(step=2, loss=2.0, grad=float("inf"))
+    first, second = map(strict, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert first == dict(step=1, loss=None, lr=0.5, PQ=None) and second == dict(step=2, loss=2.0, grad=None)
+    log.draw_curves()
+    log.rewind(2)
+    assert strict((tmp_path / "metrics.jsonl").read_text().splitlines()[1]) == second
+    (tmp_path / "summary.json").write_text('{"step": 3, "best": null}')
+    assert log.summary() == dict(step=3, best=None)

@@ -167,6 +167,36 @@ def test_nested_zip_in_place_or_unpacked_once(tmp_path, monkeypatch, compression
     assert len(list((tmp_path / "cache").rglob("*.*"))) == 2 * len(cached)
 
 
+def test_nested_zip_is_unpacked_by_one_process(tmp_path, monkeypatch):
+    """Two that come at the same time make one copy, which the second waits for."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    inner = io.BytesIO()
+    write_zip(inner, MEMBERS)
+    outer = write_zip(tmp_path / "o.zip", {"d/in.zip": inner.getvalue()})
+    context, copy = multiprocessing.get_context("fork"), data.shutil.copyfileobj
+    made, both = context.Value("i"), context.Barrier(2)
+
+    def slow(*rest):
+        with made:
+            made.value += 1
+        time.sleep(0.5)
+        copy(*rest)
+
+    def work():
+        reader = ZipReader(outer)
+        both.wait(20)
+        nested = reader.nested("d/in.zip")
+        os._exit(0 if {name: nested.read(name) for name in MEMBERS} == MEMBERS else 1)
+
+    monkeypatch.setattr(data.shutil, "copyfileobj", slow)
+    processes = [context.Process(target=work) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+    assert [process.exitcode for process in processes] == [0, 0] and made.value == 1
+
+
 def _read_all(reader, queue):
     for _ in range(50):
         for name, content in MEMBERS.items():

@@ -664,17 +664,43 @@ def test_linked_folders_are_read(tmp_path):
 
 
 def test_long_names(tmp_path):
-    """All are found; one so long that the names would fill the memory is an error."""
+    """All up to 1000 characters are found. Longer ones, where each name would take their room, are in
+    nobody's way."""
     long = "d" * 100 + "/" + "e" * 100 + "/" + "f" * 100 + ".png"
-    (tmp_path / "set" / long).parent.mkdir(parents=True)
-    (tmp_path / "set" / long).write_bytes(b"1")
+    longer = "/".join(["n" * 200] * 6)
+    for name in (long, longer):
+        (tmp_path / "set" / name).parent.mkdir(parents=True)
+        (tmp_path / "set" / name).write_bytes(b"1")
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as file:
-        file.writestr(long, b"1")
+        for name in ("n" * 3000, long):
+            file.writestr(name, b"1")
     for reader in (FolderReader(tmp_path / "set"), ZipReader(tmp_path / "x.zip")):
-        assert reader.read(long) == b"1"
-    with zipfile.ZipFile(tmp_path / "x.zip", "a") as file:
-        file.writestr("n" * 3000, b"1")
-    error_of(lambda: ZipReader(tmp_path / "x.zip"), f"{tmp_path / 'x.zip'}!nnn", "3000 characters")
+        assert reader.read(long) == b"1" and reader.names.nbytes == len(long)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("kind", ["images", "masks"])
+def test_long_names_that_are_wanted(tmp_path, kind, zipped):
+    """None of a user's own pictures is passed over for its name; what is no picture may have any."""
+    own(tmp_path, encode(np.zeros((4, 4), np.uint8)))
+    place = tmp_path / kind / "val" / "/".join(["n" * 200] * 6)
+    for name in ("notes.txt", "b.png"):
+        place.mkdir(parents=True, exist_ok=True)
+        (place / name).write_bytes(b"1")
+        if zipped:
+            shutil.make_archive(tmp_path / kind, "zip", tmp_path, kind)
+        if name == "notes.txt":
+            assert len(SegmentDataset(tmp_path, "auto", "val")) == 1
+    words = "characters; make it shorter" if kind == "images" else "/b: missing; get it, or drop its PNG"
+    error_of(lambda: SegmentDataset(tmp_path, "auto", "val"), "n" * 200, words)
+
+
+def test_long_name_in_the_annotation_file(root):
+    with zipfile.ZipFile(root / "val2017.zip", "a") as file:
+        file.writestr("val2017/" + "n" * 3000, b"1")
+    assert len(SegmentDataset(root, "shapes", "val")) == 3
+    edit_json(root, "val", lambda table: table["images"][0].update(file_name="n" * 3000))
+    error_of(lambda: SegmentDataset(root, "shapes", "val"), "val2017.zip!val2017/nnn", "3008 characters")
 
 
 def test_undecodable_mask_is_left_out_of_the_counts(tmp_path):

@@ -679,6 +679,30 @@ def test_own_classes_then_prompts(world, photo, tmp_path):
     assert result.images == 6
 
 
+def test_paths_of_the_training_from_another_folder(tmp_path, monkeypatch):
+    """Relative ones count from where they are used, as the rest of a project that was moved, else from where
+    the training was started; a later stage takes them over."""
+    home, names = tmp_path / "home", ["red apple", "sky"]
+    write_tower(home / "tower")
+    data.write_shapes(home / "coco", vocab.SHAPES, 4, 2)
+    monkeypatch.chdir(home)
+    flags = ["--task", "shapes", "--split", "", "--steps", 1, "--batch-size", 2, "--data", "coco"]
+    train_here("--stage", "A", *flags, "--encoder-weights", "tower", "--tokenizer", "tower/tokenizer.json",
+               "--out", "A")
+    monkeypatch.chdir(tmp_path)
+    eomt.load("home/A").set_classes(names)
+    assert eval_here("--ckpt", "home/A").images == 2
+    train_here("--stage", "B", *flags[:-1], home / "coco", "--init", "home/A", "--out", "B")
+    monkeypatch.chdir(tmp_path.parent)
+    eomt.load(tmp_path / "B").set_classes(names)
+    home.rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "moved")
+    eomt.load("A").set_classes(names)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="^tower: "):
+        eomt.load("moved/A").set_classes(names)
+
+
 @pytest.mark.skipif(not SHARED.exists(), reason="real samples are not here")
 def test_real_coco_sample(world, tmp_path, capsys):
     """Stage A, B, evaluation and prompts on real photos with all 133 classes."""

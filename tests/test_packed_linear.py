@@ -70,6 +70,15 @@ def test_accelerated_model_under_autocast_and_compiled():
     torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
 
 
+@here
+def test_packed_layers_cannot_become_fp8():
+    """Their weights are in another layout already; the call had made no fp8 layer, without a word."""
+    model = eomt.accelerate(tiny())
+    with pytest.raises(ValueError, match="^fp8: .*packed.*; load the model again$"):
+        eomt.accelerate(model, fp8=True)
+    eomt.accelerate(eomt.accelerate(tiny(), fp8=True), fp8=True)  # a second time it finds them
+
+
 def test_accelerate_where_nothing_packs(monkeypatch):
     monkeypatch.setattr("kernels.packed_linear.platform.machine", lambda: "arm64")
     model, pixels = tiny(), images(2, 3, 32, 32)

@@ -4,6 +4,7 @@
 import io
 import json
 import re
+import shutil
 import signal
 import zipfile
 from pathlib import Path
@@ -402,3 +403,27 @@ def test_task_on_real_samples(name, folder, tmp_path, capsys):
     out = trained(SHARED / folder, tmp_path / "run", "--task", name)
     result = evaluated(capsys, "--ckpt", out)
     assert result.images == (3 if folder == "ade20k" else 28)
+
+
+def test_resume_on_other_data(tmp_path):
+    """The same images may have moved; others, or another number of them, are another run."""
+    make_own_masks(tmp_path / "first")
+    out = trained(tmp_path / "first", tmp_path / "run", "--task", "auto")
+    (tmp_path / "first").rename(tmp_path / "moved")
+    trained(tmp_path / "moved", out, "--task", "auto", "--resume")
+    for split, change, found in (("train", "9", 3), ("val", "9", 2), ("train", None, 2)):
+        shutil.copytree(tmp_path / "moved", tmp_path / "other", dirs_exist_ok=True)
+        for path in (tmp_path / "other").glob(f"*/{split}/0.*"):
+            path.rename(path.with_stem(change)) if change else path.unlink()
+        before, name = dict(train=3, val=2)[split], r"\(names [0-9a-f]{8}\)"
+        said = f"with other settings: {split} images {before} {name} -> {found} {name}; use the same"
+        with pytest.raises(ValueError, match=f"step-00000002: the run was started {said}"):
+            trained(tmp_path / "other", out, "--task", "auto", "--resume")
+        shutil.rmtree(tmp_path / "other")
+    record = json.loads((out / "step-00000002" / "meta.json").read_text())  # of an older run
+    record["config"] = {key: value for key, value in record["config"].items() if " images" not in key}
+    del record["config_sha256"]
+    (out / "step-00000002" / "meta.json").write_text(json.dumps(record))
+    (tmp_path / "moved" / "images" / "train" / "0.jpg").unlink()
+    (tmp_path / "moved" / "masks" / "train" / "0.png").unlink()
+    trained(tmp_path / "moved", out, "--task", "auto", "--resume")

@@ -378,6 +378,26 @@ def test_pictures_that_fail_lose_no_checkpoint(shapes, tmp_path, monkeypatch, ca
     assert [path.name for path in train.run_steps(tmp_path)] == ["step-00000003", "step-00000002"]
 
 
+def test_best_that_is_no_number(shapes, tmp_path, monkeypatch):
+    """A score of NaN is null in the files, and the next number is better, also after a resume."""
+    monkeypatch.setattr(predict, "draw_comparison", lambda *_: None)
+    scores = iter([float("nan"), 5.0, float("nan")])
+
+    def score(*_):
+        return evaluation.Result(dict(PQ=next(scores)), "PQ", [("a", float("nan"))], 7, 1.0, False)
+
+    def written():
+        text = (tmp_path / "summary.json").read_text()
+        return json.loads(text, parse_constant=lambda word: pytest.fail(word))
+
+    monkeypatch.setattr(evaluation, "evaluate", score)
+    assert trainer(shapes, tmp_path)() == 0
+    assert (written()["step"], written()["best"], written()["PQ"]) == (4, None, None)
+    (tmp_path / "summary.json").write_text('{"step": 2, "best": null}')  # killed before the last evaluation
+    assert trainer(shapes, tmp_path, "--resume")() == 0
+    assert written()["best"] == written()["PQ"] == 5.0
+
+
 def test_resume_of_a_config_goes_on_in_its_folder(short_run, tmp_path):
     config = str(short_run[0] / "config.json")
     assert train.parse(["--config", config, "--resume"])[0].out == str(short_run[0])
