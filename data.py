@@ -348,17 +348,19 @@ def mount(root: str | Path, folders: Sequence[str], archives: Sequence[str] = ()
     root = Path(root)
     if not _mode(root):
         raise FileNotFoundError(f"{root}: not found; check the path")
-    names = [*archives, *(f"{folder}.zip" for folder in folders)]
-    for path in (root, *(root / name for name in names)):
+    zips = [*archives, *(f"{folder}.zip" for folder in folders)]
+    for path in (root, *(root / name for name in zips)):
         if stat.S_ISREG(_mode(path)):
-            reader = ZipReader(path)
-            prefix = next(filter(None, map(reader.folder, folders)), "")
-            if prefix or path != root:
+            reader, shared = ZipReader(path), path.name in archives and "/" in folders[0]
+            # a zip of all splits may lack its own folder at the top, but not the split's
+            tops = [*folders, *(folder.partition("/")[2] for folder in folders if shared)]
+            prefix = next(filter(None, map(reader.folder, tops)), "")
+            if prefix or path != root and not shared:
                 return reader, prefix
     for folder in folders:
         if stat.S_ISDIR(_mode(root / folder)):
             return FolderReader(root / folder), ""
-    wanted = " or ".join([*archives, *(f"{folder}[.zip]" for folder in folders)])
+    wanted = " or ".join([f"{folder}[.zip]" for folder in folders] + [f"{name} with it" for name in archives])
     raise FileNotFoundError(f"{root}: has no {wanted}; download it, or give another folder")
 
 
@@ -383,8 +385,7 @@ class Task:
     images: int = 0  # of the official training split
 
 
-# Recipes of the EoMT paper's model zoo, but for the procedural worlds: their objects are as large as a tiny
-# model needs them, so they are scaled little.
+# Recipes of EoMT's model zoo; the procedural worlds' objects have a tiny model's size, so they scale little.
 TASKS = {task.name: task for task in (
     Task("coco_panoptic", vocab.COCO_PANOPTIC, "panoptic", "coco_panoptic", images=118287),
     Task("coco_instance", vocab.COCO_INSTANCE, "instance", "coco_instance", images=118287),
@@ -662,11 +663,9 @@ def write_ids(ids: np.ndarray, file) -> None:
     Image.fromarray(channels).save(file, "PNG")
 
 
-# ----------------------------------------------------------------------------------------------------
-# Sources, one per layout: `images` (reader), `members` (n,) indices in it, `names`, `image_ids`, `problems`
-# (what is wrong, as far as it shows without decoding), `target(i, crowd)` with or without crowds, `labels()`
-
-
+# ---- Sources, one per layout -------------------------------------------------------------------------------
+# `images` (reader), `members` (n,) indices in it, `names`, `image_ids`, `problems` (what is wrong, as far as
+# it shows without decoding), `target(i, crowd)` with or without crowds, `labels()`
 def coco_table(root: str | Path, kind: str, split: str) -> tuple[Table, Reader, str]:
     """Arrays of a COCO JSON (`kind` panoptic or instances), its reader, and its name without .json."""
     archive = "annotations_trainval2017.zip"
@@ -718,8 +717,8 @@ class CocoPanoptic(_Coco):
         if self.reader.find([f"{self.stem}.zip"])[0] >= 0:
             self.pngs = self.reader.nested(f"{self.stem}.zip")
             prefix = self.pngs.folder(self.stem.rsplit("/", 1)[-1])
-        names = [prefix + n.decode() for n in self.table["png_name"]]
-        self.png_members = self.pngs.locate(names, self.problems)
+        names = self.table["png_name"]
+        self.png_members = self.pngs.locate([prefix + n.decode() for n in names], self.problems)
 
     def target(self, i: int, crowd: bool) -> Target:
         rows = np.arange(*self.table["start"][i:i + 2])
@@ -1328,7 +1327,6 @@ def eval_loader(dataset: SegmentDataset, rank: int = 0, world: int = 1, workers:
 
 
 # ---- The procedural world: things (colour x shape) over stuff (ground x pattern), as official COCO zips ----
-
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 80, 230), "yellow": (235, 220, 50),
            "white": (245, 245, 245), "gray": (105, 105, 105), "brown": (125, 80, 35), "teal": (20, 110, 110)}
 

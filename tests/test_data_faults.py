@@ -737,6 +737,22 @@ def test_own_folder_without_mask_or_classes(tmp_path):
     error_of(lambda: data.detect(tmp_path), "classes.txt: 0 names")
 
 
+@pytest.mark.parametrize("top", ["", "images/", "x/images/"])
+def test_splits_stay_apart_in_one_zip(tmp_path, top):
+    """images.zip packed without its own folder gave every picture to both splits."""
+    (tmp_path / "classes.txt").write_text("cat\n")
+    for part in ("images", "masks"):
+        with zipfile.ZipFile(tmp_path / f"{part}.zip", "w") as archive:
+            for name in ("train/a.png", "train/b.png", "val/c.png"):
+                content = encode(np.zeros((4, 4, 3) if part == "images" else (4, 4), np.uint8))
+                archive.writestr(top.replace("images", part) + name, content)
+    assert SegmentDataset(tmp_path, "auto", "train").source.stems[-1].endswith("b")
+    assert [len(SegmentDataset(tmp_path, "auto", split)) for split in ("train", "val")] == [2, 1]
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.writestr(f"{top}train/a.png", encode(np.zeros((4, 4, 3), np.uint8)))
+    error_of(lambda: SegmentDataset(tmp_path, "auto", "val"), "has no images/val[.zip] or images.zip with it")
+
+
 def test_ade_instance_of_two_classes(tmp_path):
     things = np.zeros((4, 4, 3), np.uint8)
     things[0], things[1] = (1, 1, 0), (2, 1, 0)
