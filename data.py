@@ -444,7 +444,7 @@ def load_table(reader: Reader, member: str, kind: str) -> Table:
     parse, form = PARSERS[kind]
     path = Path(reader.path) / member if isinstance(reader, FolderReader) else reader.path
     where = reader.where(reader.index(member))
-    cached = cache_file(path, f"{member} {parse.__name__} 2", ".npz")  # 2: what is checked, and the layout
+    cached = cache_file(path, f"{member} {parse.__name__} 3", ".npz")  # 3: what is checked, and the layout
     with open(path, "rb", opener=_open) as lock:
         with contextlib.suppress(OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
             if not cached.exists():
@@ -480,7 +480,7 @@ def _image_arrays(data):
         "image_name": np.array([i["file_name"].encode() for i in images], dtype="S"),
         "category_id": np.array([c["id"] for c in categories], np.int64),
         "category_name": np.array([c["name"].encode() for c in categories], dtype="S"),
-        "category_thing": np.array([c.get("isthing", 1) for c in categories], bool),
+        "category_thing": np.array([int(c.get("isthing", 1)) for c in categories], bool),
     }
     lists = {image["id"]: [] for image in images}
     for annotation in data["annotations"]:
@@ -496,7 +496,7 @@ def _segments(lists, arrays):
     segments = [segment for one in lists for segment in one]
     arrays["start"] = np.cumsum([0, *map(len, lists)])  # (n+1,)
     arrays["category"] = np.array([s["category_id"] for s in segments], np.int64)
-    arrays["crowd"] = np.array([s.get("iscrowd", 0) for s in segments], bool)
+    arrays["crowd"] = np.array([int(s.get("iscrowd") or 0) for s in segments], bool)
     arrays["area"] = np.array([float(s["area"]) for s in segments], np.float64)  # of None it makes an error
     return segments
 
@@ -545,6 +545,8 @@ def parse_instances(data: dict) -> tuple[dict, list[str]]:
 
 def _parts(outline, hw):
     """The polygons of an outline, or the uncompressed counts of its RLE as the only part."""
+    if not outline:
+        raise ValueError("no outline; give polygons or RLE, as a box alone is no segment")
     if not isinstance(outline, dict):
         return outline
     from metrics import rle_counts, rle_decode

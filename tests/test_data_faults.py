@@ -821,6 +821,30 @@ def test_outline_that_is_none_names_its_image(tmp_path, outline, word):
     assert len(dataset[1].target.labels)
 
 
+@pytest.mark.parametrize("outline", [[], None, {}])
+def test_box_alone_is_no_segment(tmp_path, outline):
+    """Exports for detection hold "segmentation": []; it trained on nothing, unsaid."""
+    data.write_shapes(tmp_path, vocab.SHAPES, 1, 2)
+    task = data.replace(data.TASKS["coco_instance"], vocabulary=vocab.SHAPES)
+    spoil_instances(tmp_path, lambda notes, _: notes[0].update(segmentation=outline))
+    place = "instances_val2017.json: image id 1, number 1 of its annotations: "
+    error_of(lambda: SegmentDataset(tmp_path, task, "val"), place, "no outline", "polygons or RLE")
+
+
+def test_flags_that_are_text(tmp_path):
+    """numpy takes "0" for true, so every object was a crowd and every class a thing."""
+    data.write_shapes(tmp_path, vocab.SHAPES, 1, 2)
+
+    def change(notes, kinds):
+        notes[0].update(iscrowd="0"), notes[1].update(iscrowd="1"), notes[2].update(iscrowd=None)
+        kinds[0].update(isthing="0"), kinds[1].update(isthing="1")
+
+    spoil_instances(tmp_path, change)
+    table = data.coco_table(tmp_path, "instances", "val")[0]
+    assert table["crowd"][:3].tolist() == [False, True, False]
+    assert table["category_thing"][:2].tolist() == [False, True]
+
+
 def test_category_twice_and_area_of_nothing(tmp_path):
     data.write_shapes(tmp_path, vocab.SHAPES, 1, 2)
     spoil_instances(tmp_path, lambda _, kinds: kinds.append(dict(kinds[0], name="other")))
