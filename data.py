@@ -291,17 +291,17 @@ def _zip_rows(reader):
         head = reader.pread(0, 64).lstrip()
         kind = "empty" if not reader.length else "a web page" if head[:1] == b"<" else \
             "a git-lfs pointer" if head.startswith(b"version https://git-lfs") else \
-            "a cut or damaged zip" if head[:2] == b"PK" else f"not a zip ({error})"
-        raise ValueError(f"{reader.label}: {reader.length} bytes, {kind}; download it again") from None
-    return [(info.filename if info.flag_bits & 0x800 else _as_utf8(info.filename), info.header_offset,
-             info.compress_size, info.file_size, info.CRC,
+            "a cut or damaged zip" if head[:2] == b"PK" else f"neither a zip nor a .tar ({error})"
+        raise ValueError(f"{reader.label}: {reader.length} bytes, {kind}; zip or download it again") from None
+    return [(_name(info), info.header_offset, info.compress_size, info.file_size, info.CRC,
              ENCRYPTED if info.flag_bits & 1 else info.compress_type) for info in infos]
 
 
-def _as_utf8(name):
-    """A name without the UTF-8 flag, read as cp437 by zipfile: what most tools wrote is UTF-8."""
+def _name(info):
+    """A member's name. Without the UTF-8 flag zipfile takes cp437: what most tools wrote is UTF-8."""
+    name = info.filename.replace("\\", "/") if info.create_system == 0 else info.filename  # 0: by .NET
     try:
-        return name if name.isascii() else name.encode("cp437").decode()
+        return name if info.flag_bits & 0x800 or name.isascii() else name.encode("cp437").decode()
     except UnicodeError:
         return name
 
@@ -348,8 +348,7 @@ def mount(root: str | Path, folders: Sequence[str], archives: Sequence[str] = ()
     root = Path(root)
     if not _mode(root):
         raise FileNotFoundError(f"{root}: not found; check the path")
-    zips = [*archives, *(f"{folder}.zip" for folder in folders)]
-    for path in (root, *(root / name for name in zips)):
+    for path in (root, *(root / name for name in [*archives, *(f"{folder}.zip" for folder in folders)])):
         if stat.S_ISREG(_mode(path)):
             reader, shared = ZipReader(path), path.name in archives and "/" in folders[0]
             # a zip of all splits may lack its own folder at the top, but not the split's
@@ -364,6 +363,7 @@ def mount(root: str | Path, folders: Sequence[str], archives: Sequence[str] = ()
     raise FileNotFoundError(f"{root}: has no {wanted}; download it, or give another folder")
 
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")  # of a user's own pictures
 EPS = b"%!PS", b"\xc5\xd0\xd3\xc6"  # how a picture begins for which Pillow would start Ghostscript
 UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error,
                Image.DecompressionBombError)  # what Pillow raises on damaged pictures
@@ -454,7 +454,7 @@ def load_table(reader: Reader, member: str, kind: str) -> Table:
         try:
             arrays, problems = parse(json.loads(data))
         except (ValueError, OverflowError, RecursionError) as error:  # not JSON, or numbers that are none
-            raise ValueError(f"{where}: {len(data)} bytes, {str(error)[:99]}; download it again") from None
+            raise ValueError(f"{where}: {len(data)} bytes, {str(error)[:99]}; fix or download it") from None
         except (KeyError, TypeError, AttributeError) as error:
             found = f"no key {error}" if isinstance(error, KeyError) else f"not COCO's form ({error!r})"
             form = f"images (id, file_name, height, width), categories (id, name), annotations ({form})"
@@ -785,9 +785,9 @@ class LabelPairs:
         self.images, prefix = mount(root, [self.spec.images.format(folder)], self.spec.archives[:1])
         self.masks, mask_prefix = mount(root, [self.spec.masks.format(folder)], self.spec.archives[1:])
         suffix, mask_suffix = self.spec.suffixes
-        names = self.images.under(prefix, (suffix,) if suffix else (".jpg", ".jpeg", ".png"))
+        names = self.images.under(prefix, ends := (suffix,) if suffix else SUFFIXES)
         if not names:
-            raise FileNotFoundError(f"{self.images.label}!{prefix}: no pictures; download it again")
+            raise FileNotFoundError(f"{self.images.label}!{prefix}: no *{', *'.join(ends)}; add pictures")
         self.names, self.image_ids = np.array([n.encode() for n in names]), np.arange(len(names))
         self.members = self.images.locate([prefix + n for n in names], self.problems)
         self.stems = [n[:-len(suffix)] if suffix else n.rsplit(".", 1)[0] for n in names]
@@ -881,8 +881,8 @@ def detect(root: str | Path) -> Task:
         with contextlib.suppress(FileNotFoundError):
             SOURCES[task.layout](root, task, split)
             return task
-    wanted = "archives of COCO, ADE20K or Cityscapes, or images/ masks/ classes.txt"
-    raise FileNotFoundError(f"{root or '--data'}: no known layout; give a folder with {wanted}")
+    wanted = "COCO, ADE20K, Cityscapes, annotations/instances_{train,val}.json, or images/ masks/ classes.txt"
+    raise FileNotFoundError(f"{root or '--data'}: no known layout; give a folder with archives of {wanted}")
 
 
 def _coco_task(table, layout):

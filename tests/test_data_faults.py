@@ -129,7 +129,7 @@ def error_of(work, *words):
         (b"<!DOCTYPE html><html>quota exceeded</html>", "a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs pointer"),
         (b"PK\3\4" + b"x" * 500, "a cut or damaged zip"),
-        (b"\x1f\x8b" + b"x" * 500, "not a zip"),
+        (b"\x1f\x8b" + b"x" * 500, "neither a zip nor a .tar"),
         (None, "not found"),
     ],
 )
@@ -335,7 +335,8 @@ def test_faults_of_the_annotation_file(root, change, words):
 )
 def test_json_that_is_none(root, content, word):
     edit(root / PANOPTIC, {JSON.format("val"): content})
-    error_of(lambda: SegmentDataset(root, "shapes", "val"), f"!{JSON.format('val')}: ", word)
+    said = error_of(lambda: SegmentDataset(root, "shapes", "val"), f"!{JSON.format('val')}: ", word)
+    assert "; fix or download it" in said or "; give COCO's panoptic form" in said
 
 
 def test_unknown_task_split_and_layout(root, tmp_path):
@@ -343,7 +344,8 @@ def test_unknown_task_split_and_layout(root, tmp_path):
     with pytest.raises(ValueError, match="train or val"):
         SegmentDataset(root, "shapes", "test")
     (tmp_path / "empty").mkdir()
-    error_of(lambda: data.detect(tmp_path / "empty"), "no known layout")
+    words = "annotations/instances_{train,val}.json", "images/ masks/ classes.txt"
+    error_of(lambda: data.detect(tmp_path / "empty"), "no known layout", *words)
     error_of(lambda: SegmentDataset(tmp_path / "empty", "cityscapes_semantic", "val"), "leftImg8bit")
 
 
