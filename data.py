@@ -10,8 +10,7 @@ The order depends on (seed, epoch) alone, an augmentation on (seed, epoch, index
         batch.images  # uint8 (16, 3, 640, 640)
 
 `python data.py /coco --decode` checks a data folder and draws some of it. Mistakes raise ValueError or
-FileNotFoundError with one line, `<file>!<member>: <what is wrong>; <what to do>`. Polygons and RLE come from
-metrics.py, imported only when an instance annotation is read.
+FileNotFoundError with one line, `<file>!<member>: <what is wrong>; <what to do>`. Instances need metrics.py.
 """
 # SPDX-License-Identifier: MIT
 import argparse
@@ -482,6 +481,8 @@ def _image_arrays(data):
         "category_name": np.array([c["name"].encode() for c in categories], dtype="S"),
         "category_thing": np.array([int(c.get("isthing", 1)) for c in categories], bool),
     }
+    for i in np.flatnonzero((arrays["hw"] < 1).any(1) | (arrays["hw"].prod(1, dtype=float) > IMAGE_LIMIT)):
+        problems.append(f"image id {images[i]['id']} has height, width {arrays['hw'][i]}; fix this file")
     lists = {image["id"]: [] for image in images}
     for annotation in data["annotations"]:
         if annotation["image_id"] in lists:
@@ -739,8 +740,7 @@ class CocoPanoptic(_Coco):
         pixels, area = np.bincount(index, length, len(ids))[1:], self.table["area"][rows]
         for s in np.flatnonzero(crowd & (pixels == 0) & (area > 0)):
             raise ValueError(f"{where}: id {ids[s + 1]} of its JSON has no pixels; get the matching pair")
-        # no area, no pixels: no segment. An area below 1 with pixels was left out by some tool: their number.
-        # panopticapi would take it into its union, pred + true - both, and divide by 0 or pass an IoU of 1
+        # an area below 1 was left out by a tool; panopticapi's union would divide by 0 or pass an IoU of 1
         area = np.where(area >= 1, area, pixels)
         keep = np.append(False, (pixels > 0) & (crowd | ~self.table["crowd"][rows]))
         layer, value = np.divmod(np.where(keep[index], index, 0) - 1, 255)  # (R,), (R,); void is in layer -1

@@ -1046,6 +1046,18 @@ def test_json_without_a_key(root, kind, change, key):
     assert "Error" not in text and ("segments_info" if kind == "panoptic" else "segmentation") in text
 
 
+@pytest.mark.parametrize("kind", ["panoptic", "instances"])
+@pytest.mark.parametrize("hw", [(10**9, 64), (10**12, 10**12), (0, 64), (64, -1)])
+def test_size_that_no_picture_has(tmp_path, kind, hw):
+    """It ended in "Unable to allocate 59.6 GiB", without a file, or in numpy's words."""
+    images = [{"id": 7, "file_name": "a.png", "height": hw[0], "width": hw[1]}]
+    (tmp_path / "annotations").mkdir()
+    table = {"images": images, "categories": [{"id": 1, "name": "cat"}], "annotations": []}
+    (tmp_path / f"annotations/{kind}_val.json").write_text(json.dumps(table))
+    problems = data.coco_table(tmp_path, kind, "val")[0]["problems"].tolist()
+    assert any(b"_val.json: image id 7 has height, width [" in line and b"; fix" in line for line in problems)
+
+
 def test_number_too_large_for_an_id(root):
     edit_json(root, "val", lambda table: table["images"][0].update(id=10**30))
     error_of(lambda: SegmentDataset(root, "shapes", "val"), JSON.format("val"), "too large")
