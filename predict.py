@@ -350,6 +350,7 @@ def run(args):
             image = open_image(path)
         except ValueError as error:  # told at the end; the others are not lost for it
             bad.append(str(error))
+            print(error)
             continue
         answer = segment_open(model, image, args.embeddings) if free else \
             (eomt.segment(model, [image], model.meta["kind"])[0], [])
