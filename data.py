@@ -705,9 +705,6 @@ class _Coco:
         real = ~self.table["crowd"]
         return owner[real], self.row[real]
 
-    def _columns(self, rows):
-        return self.row[rows], self.table["crowd"][rows], self.table["area"][rows]
-
 
 class CocoPanoptic(_Coco):
     """Panoptic JSON beside a (nested) zip or folder of id PNGs."""
@@ -747,7 +744,7 @@ class CocoPanoptic(_Coco):
         runs = [np.where(layer == k, value + 1, 0) for k in range(max(1, math.ceil(len(rows) / 255)))]
         maps = np.array(runs, np.uint8).repeat(length, 1).reshape(-1, *png.shape)  # (L, H, W)
         t = np.flatnonzero(keep) - 1
-        return _target(maps, t // 255, t % 255 + 1, *self._columns(rows[t])[:2], area[t])
+        return _target(maps, t // 255, t % 255 + 1, self.row[rows[t]], self.table["crowd"][rows[t]], area[t])
 
 
 class CocoInstance(_Coco):
@@ -759,7 +756,8 @@ class CocoInstance(_Coco):
         rows = np.arange(*self.table["start"][i:i + 2])
         rows = rows if crowd else rows[~self.table["crowd"][rows]]
         masks = (self._mask(i, s, *self.hw[i].tolist()) for s in rows)  # a stack might be larger than RAM
-        return Target.from_masks(masks, *self._columns(rows), tuple(self.hw[i]))
+        columns = self.row[rows], self.table["crowd"][rows], self.table["area"][rows]
+        return Target.from_masks(masks, *columns, tuple(self.hw[i]))
 
     def _mask(self, i, s, height, width):
         from metrics import polygons_to_mask, rle_decode
@@ -1506,6 +1504,8 @@ def main(argv: Sequence[str]) -> int:
         if not problems:
             dataset = SegmentDataset(args.path, task, split)
             print(f"{split}: {len(dataset)} images" + (", all decoded" if args.decode else ", not decoded"))
+            for k in np.flatnonzero(dataset.class_counts() == 0) if args.decode else ():
+                print(f"{split}: no segment of {task.vocabulary.names[k]}")
             page = page or grid(dataset)
     if page:
         page.save(args.out)

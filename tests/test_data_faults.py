@@ -717,6 +717,14 @@ def test_own_masks(tmp_path, mask, word):
     error_of(lambda: SegmentDataset(tmp_path, "auto", "val")[0], "a.png: ", word)
 
 
+def test_check_names_classes_without_a_pixel(tmp_path, capsys, monkeypatch):
+    """Masks of 0 and 255, as many tools write them: 255 is ignored, so the second class was lost unsaid."""
+    own(tmp_path, encode(np.array([[0, 255]] * 4, np.uint8)), photo=encode(np.zeros((4, 2, 3), np.uint8)))
+    monkeypatch.chdir(tmp_path)
+    assert data.main([str(tmp_path), "--split", "val", "--decode"]) == 0
+    assert "val: no segment of dog\n" in (said := capsys.readouterr().out) and "cat" not in said
+
+
 def test_cityscapes_value_beyond_the_published(tmp_path):
     """Of labelIds 0..33 and 255 those outside the 19 classes are void; any other is a wrong file."""
     base, stem = tmp_path / "leftImg8bit" / "val" / "town", "town_000000_000019"
