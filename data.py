@@ -10,8 +10,7 @@ The order depends on (seed, epoch) alone, an augmentation on (seed, epoch, index
         batch.images  # uint8 (16, 3, 640, 640)
 
 `python data.py /coco --decode` checks a data folder and draws some of it. Mistakes raise ValueError or
-FileNotFoundError with one line, `<file>!<member>: <what is wrong>; <what to do>`. Polygons and RLE come from
-metrics.py, imported only when an instance annotation is read.
+FileNotFoundError with one line, `<file>!<member>: <what is wrong>; <what to do>`. Instances need metrics.py.
 """
 # SPDX-License-Identifier: MIT
 import argparse
@@ -296,17 +295,17 @@ def _zip_rows(reader):
         head = reader.pread(0, 64).lstrip()
         kind = "empty" if not reader.length else "a web page" if head[:1] == b"<" else \
             "a git-lfs pointer" if head.startswith(b"version https://git-lfs") else \
-            "a cut or damaged zip" if head[:2] == b"PK" else f"not a zip ({error})"
-        raise ValueError(f"{reader.label}: {reader.length} bytes, {kind}; download it again") from None
-    return [(info.filename if info.flag_bits & 0x800 else _as_utf8(info.filename), info.header_offset,
-             info.compress_size, info.file_size, info.CRC,
+            "a cut or damaged zip" if head[:2] == b"PK" else f"neither a zip nor a .tar ({error})"
+        raise ValueError(f"{reader.label}: {reader.length} bytes, {kind}; zip or download it again") from None
+    return [(_name(info), info.header_offset, info.compress_size, info.file_size, info.CRC,
              ENCRYPTED if info.flag_bits & 1 else info.compress_type) for info in infos]
 
 
-def _as_utf8(name):
-    """A name without the UTF-8 flag, read as cp437 by zipfile: what most tools wrote is UTF-8."""
+def _name(info):
+    """A member's name. Without the UTF-8 flag zipfile takes cp437: what most tools wrote is UTF-8."""
+    name = info.filename.replace("\\", "/") if info.create_system == 0 else info.filename  # 0: by .NET
     with contextlib.suppress(UnicodeError):
-        name = name.encode("cp437").decode()  # ASCII is the same in both
+        return name if info.flag_bits & 0x800 else name.encode("cp437").decode()  # ASCII is the same in both
     return name
 
 
@@ -353,20 +352,22 @@ def mount(root: str | Path, folders: Sequence[str], archives: Sequence[str] = ()
     root = Path(root)
     if not _mode(root):
         raise FileNotFoundError(f"{root}: not found; check the path")
-    names = [*archives, *(f"{folder}.zip" for folder in folders)]
-    for path in (root, *(root / name for name in names)):
+    for path in (root, *(root / name for name in [*archives, *(f"{folder}.zip" for folder in folders)])):
         if stat.S_ISREG(_mode(path)):
-            reader = ZipReader(path)
-            prefix = next(filter(None, map(reader.folder, folders)), "")
-            if prefix or path != root:
+            reader, shared = ZipReader(path), path.name in archives and "/" in folders[0]
+            # a zip of all splits may lack its own folder at the top, but not the split's
+            tops = [*folders, *(folder.partition("/")[2] for folder in folders if shared)]
+            prefix = next(filter(None, map(reader.folder, tops)), "")
+            if prefix or path != root and not shared:
                 return reader, prefix
     for folder in folders:
         if stat.S_ISDIR(_mode(root / folder)):
             return FolderReader(root / folder), ""
-    wanted = " or ".join([*archives, *(f"{folder}[.zip]" for folder in folders)])
+    wanted = " or ".join([f"{folder}[.zip]" for folder in folders] + [f"{name} with it" for name in archives])
     raise FileNotFoundError(f"{root}: has no {wanted}; download it, or give another folder")
 
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")  # of a user's own pictures
 EPS = b"%!PS", b"\xc5\xd0\xd3\xc6"  # how a picture begins for which Pillow would start Ghostscript
 UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error,
                Image.DecompressionBombError)  # what Pillow raises on damaged pictures
@@ -388,8 +389,7 @@ class Task:
     images: int = 0  # of the official training split
 
 
-# Recipes of the EoMT paper's model zoo, but for the procedural worlds: their objects are as large as a tiny
-# model needs them, so they are scaled little.
+# Recipes of EoMT's model zoo; the procedural worlds' objects have a tiny model's size, so they scale little.
 TASKS = {task.name: task for task in (
     Task("coco_panoptic", vocab.COCO_PANOPTIC, "panoptic", "coco_panoptic", images=118287),
     Task("coco_instance", vocab.COCO_INSTANCE, "instance", "coco_instance", images=118287),
@@ -448,7 +448,7 @@ def load_table(reader: Reader, member: str, kind: str) -> Table:
     parse, form = PARSERS[kind]
     path = Path(reader.path) / member if isinstance(reader, FolderReader) else reader.path
     where = reader.where(reader.index(member))
-    cached = cache_file(path, f"{member} {parse.__name__} 2", ".npz")  # 2: what is checked, and the layout
+    cached = cache_file(path, f"{member} {parse.__name__} 3", ".npz")  # 3: what is checked, and the layout
     with open(path, "rb", opener=_open) as lock:
         with contextlib.suppress(OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
             if not cached.exists():
@@ -458,7 +458,7 @@ def load_table(reader: Reader, member: str, kind: str) -> Table:
         try:
             arrays, problems = parse(json.loads(data))
         except (ValueError, OverflowError, RecursionError) as error:  # not JSON, or numbers that are none
-            raise ValueError(f"{where}: {len(data)} bytes, {str(error)[:99]}; download it again") from None
+            raise ValueError(f"{where}: {len(data)} bytes, {str(error)[:99]}; fix or download it") from None
         except (KeyError, TypeError, AttributeError) as error:
             found = f"no key {error}" if isinstance(error, KeyError) else f"not COCO's form ({error!r})"
             form = f"images (id, file_name, height, width), categories (id, name), annotations ({form})"
@@ -484,8 +484,10 @@ def _image_arrays(data):
         "image_name": np.array([i["file_name"].encode() for i in images], dtype="S"),
         "category_id": np.array([c["id"] for c in categories], np.int64),
         "category_name": np.array([c["name"].encode() for c in categories], dtype="S"),
-        "category_thing": np.array([c.get("isthing", 1) for c in categories], bool),
+        "category_thing": np.array([int(c.get("isthing", 1)) for c in categories], bool),
     }
+    for i in np.flatnonzero((arrays["hw"] < 1).any(1) | (arrays["hw"].prod(1, dtype=float) > IMAGE_LIMIT)):
+        problems.append(f"image id {images[i]['id']} has height, width {arrays['hw'][i]}; fix this file")
     lists = {image["id"]: [] for image in images}
     for annotation in data["annotations"]:
         if annotation["image_id"] in lists:
@@ -500,7 +502,7 @@ def _segments(lists, arrays):
     segments = [segment for one in lists for segment in one]
     arrays["start"] = np.cumsum([0, *map(len, lists)])  # (n+1,)
     arrays["category"] = np.array([s["category_id"] for s in segments], np.int64)
-    arrays["crowd"] = np.array([s.get("iscrowd", 0) for s in segments], bool)
+    arrays["crowd"] = np.array([int(s.get("iscrowd") or 0) for s in segments], bool)
     arrays["area"] = np.array([float(s["area"]) for s in segments], np.float64)  # of None it makes an error
     return segments
 
@@ -549,6 +551,8 @@ def parse_instances(data: dict) -> tuple[dict, list[str]]:
 
 def _parts(outline, hw):
     """The polygons of an outline, or the uncompressed counts of its RLE as the only part."""
+    if not outline:
+        raise ValueError("no outline; give polygons or RLE, as a box alone is no segment")
     if not isinstance(outline, dict):
         return outline
     from metrics import rle_counts, rle_decode
@@ -705,9 +709,6 @@ class _Coco:
         real = ~self.table["crowd"]
         return owner[real], self.row[real]
 
-    def _columns(self, rows):
-        return self.row[rows], self.table["crowd"][rows], self.table["area"][rows]
-
 
 class CocoPanoptic(_Coco):
     """Panoptic JSON beside a (nested) zip or folder of id PNGs."""
@@ -720,8 +721,8 @@ class CocoPanoptic(_Coco):
         if self.reader.find([f"{self.stem}.zip"])[0] >= 0:
             self.pngs = self.reader.nested(f"{self.stem}.zip")
             prefix = self.pngs.folder(self.stem.rsplit("/", 1)[-1])
-        names = [prefix + n.decode() for n in self.table["png_name"]]
-        self.png_members = self.pngs.locate(names, self.problems)
+        names = self.table["png_name"]
+        self.png_members = self.pngs.locate([prefix + n.decode() for n in names], self.problems)
 
     def target(self, i: int, crowd: bool) -> Target:
         rows = np.arange(*self.table["start"][i:i + 2])
@@ -740,15 +741,14 @@ class CocoPanoptic(_Coco):
         pixels, area = np.bincount(index, length, len(ids))[1:], self.table["area"][rows]
         for s in np.flatnonzero(crowd & (pixels == 0) & (area > 0)):
             raise ValueError(f"{where}: id {ids[s + 1]} of its JSON has no pixels; get the matching pair")
-        # no area, no pixels: no segment. An area below 1 with pixels was left out by some tool: their number.
-        # panopticapi would take it into its union, pred + true - both, and divide by 0 or pass an IoU of 1
+        # an area below 1 was left out by a tool; panopticapi's union would divide by 0 or pass an IoU of 1
         area = np.where(area >= 1, area, pixels)
         keep = np.append(False, (pixels > 0) & (crowd | ~self.table["crowd"][rows]))
         layer, value = np.divmod(np.where(keep[index], index, 0) - 1, 255)  # (R,), (R,); void is in layer -1
         runs = [np.where(layer == k, value + 1, 0) for k in range(max(1, math.ceil(len(rows) / 255)))]
         maps = np.array(runs, np.uint8).repeat(length, 1).reshape(-1, *png.shape)  # (L, H, W)
         t = np.flatnonzero(keep) - 1
-        return _target(maps, t // 255, t % 255 + 1, *self._columns(rows[t])[:2], area[t])
+        return _target(maps, t // 255, t % 255 + 1, self.row[rows[t]], self.table["crowd"][rows[t]], area[t])
 
 
 class CocoInstance(_Coco):
@@ -760,7 +760,8 @@ class CocoInstance(_Coco):
         rows = np.arange(*self.table["start"][i:i + 2])
         rows = rows if crowd else rows[~self.table["crowd"][rows]]
         masks = (self._mask(i, s, *self.hw[i].tolist()) for s in rows)  # a stack might be larger than RAM
-        return Target.from_masks(masks, *self._columns(rows), tuple(self.hw[i]))
+        columns = self.row[rows], self.table["crowd"][rows], self.table["area"][rows]
+        return Target.from_masks(masks, *columns, tuple(self.hw[i]))
 
     def _mask(self, i, s, height, width):
         from metrics import polygons_to_mask, rle_decode
@@ -786,9 +787,9 @@ class LabelPairs:
         self.images, prefix = mount(root, [self.spec.images.format(folder)], self.spec.archives[:1])
         self.masks, mask_prefix = mount(root, [self.spec.masks.format(folder)], self.spec.archives[1:])
         suffix, mask_end = self.spec.suffixes
-        names = self.images.under(prefix, (suffix,) if suffix else (".jpg", ".jpeg", ".png"))
+        names = self.images.under(prefix, ends := (suffix,) if suffix else SUFFIXES)
         if not names:
-            raise FileNotFoundError(f"{self.images.label}!{prefix}: no pictures; download it again")
+            raise FileNotFoundError(f"{self.images.label}!{prefix}: no *{', *'.join(ends)}; add pictures")
         self.names, self.image_ids = np.array([n.encode() for n in names]), np.arange(len(names))
         self.members = self.images.locate([prefix + n for n in names], self.problems)
         self.stems = [n[:-len(suffix)] if suffix else n.rsplit(".", 1)[0] for n in names]
@@ -881,8 +882,8 @@ def detect(root: str | Path) -> Task:
         with contextlib.suppress(FileNotFoundError):
             SOURCES[task.layout](root, task, split)
             return task
-    wanted = "archives of COCO, ADE20K or Cityscapes, or images/ masks/ classes.txt"
-    raise FileNotFoundError(f"{root or '--data'}: no known layout; give a folder with {wanted}")
+    wanted = "COCO, ADE20K, Cityscapes, annotations/instances_{train,val}.json, or images/ masks/ classes.txt"
+    raise FileNotFoundError(f"{root or '--data'}: no known layout; give a folder with archives of {wanted}")
 
 
 def _coco_task(table, layout):
@@ -1506,6 +1507,8 @@ def main(argv: Sequence[str]) -> int:
         if not problems:
             dataset = SegmentDataset(args.path, task, split)
             print(f"{split}: {len(dataset)} images" + (", all decoded" if args.decode else ", not decoded"))
+            for k in np.flatnonzero(dataset.class_counts() == 0) if args.decode else ():
+                print(f"{split}: no segment of {task.vocabulary.names[k]}")
             page = page or grid(dataset)
     if page:
         page.save(args.out)

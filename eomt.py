@@ -836,7 +836,7 @@ def _raw(path: Path) -> tuple[dict[str, Tensor], dict]:
         if re.match(sign, head, re.IGNORECASE):
             raise ValueError(f"{path}: the file is {what}, not weights; download it again")
     if not path.name.endswith(".index.json"):
-        return _tensors(path)
+        return _tensors(path, head)
     index = _json(path)
     with _blame(path, "no list of weight files beside it"):
         shards = sorted(set(index["weight_map"].values()), key=str)
@@ -857,9 +857,9 @@ def unpickle(path: Path):
         raise ValueError(f"{path}: cut or damaged file ({type(e).__name__}); download it again") from None
 
 
-def _tensors(path):
+def _tensors(path, head):
     from safetensors import SafetensorError, safe_open
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" or head[8:10] == b'{"':  # whatever its name
         with _blame(path, "cut or damaged file", SafetensorError), safe_open(str(path), "pt") as file:
             header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
             return {key: file.get_tensor(key) for key in file.keys()}, header

@@ -5,6 +5,10 @@ In:  predictions of every supervised block (mask logits, class logits) and the t
      `ids[layer[t]] == value[t]`, of class `labels[t]`. No 0/1 mask is ever made: points are read off the ids.
 Out: a dict of scalar losses, equal to Mask2Former's on the same random points.
 
+    # of 0/1 masks (T,H,W), which may overlap: each its own layer (disjoint ones can share a layer, up to 255)
+    target = SimpleNamespace(ids=masks.to(torch.uint8), layer=torch.arange(len(masks)),
+                             value=torch.ones(len(masks), dtype=torch.int64), labels=labels)
+    # predictions: a list of records with `masks` (B,Q,h,w), `classes` (B,Q,K+1), no-object last; B targets
     criterion = SetLoss(num_classes=133)
     losses = criterion(model(images), targets)          # {"loss", "mask", "dice", "class"}
     losses["loss"].backward()

@@ -24,8 +24,6 @@ import data
 import eomt
 import vocab
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-
 
 # ---- Drawing -----------------------------------------------------------------------------------------------
 def colour(index: int) -> tuple[int, int, int]:
@@ -237,7 +235,7 @@ def expand(patterns: list[str]) -> list[Path]:
     for pattern in patterns:
         path = Path(pattern)
         if path.is_dir():
-            hits = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+            hits = sorted(p for p in path.iterdir() if p.suffix.lower() in data.SUFFIXES and p.is_file())
         else:
             hits = [path] if path.exists() else map(Path, sorted(glob.glob(pattern, recursive=True)))
             hits = [p for p in hits if not p.is_dir()]
@@ -352,6 +350,7 @@ def run(args):
             image = open_image(path)
         except ValueError as error:  # told at the end; the others are not lost for it
             bad.append(str(error))
+            print(error)
             continue
         answer = segment_open(model, image, args.embeddings) if free else \
             (eomt.segment(model, [image], model.meta["kind"])[0], [])

@@ -468,7 +468,7 @@ class OpenVocabHead(nn.Module):
     def set_classes(self, rows: Tensor, owner: Tensor, seen) -> None:
         """Swaps the vocabulary; of the calibration only `kept` goes on: the rest is of the old classes."""
         seen = torch.as_tensor(seen, dtype=torch.bool).to(self.void.device)
-        assert owner.unique().tolist() == list(range(len(seen))), f"{len(seen)} classes, rows of {owner}"
+        assert len(rows) == len(owner) and {*owner.tolist()} == {*range(len(seen))}, f"{rows.shape}, {owner}"
         rows, owner, self.num_seen = rows.to(seen.device).float(), owner.to(seen.device), int(seen.sum())
         for name, value in (("rows", rows), ("owner", owner), ("seen", seen)):
             self.register_buffer(name, value)

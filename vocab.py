@@ -499,8 +499,11 @@ def parse_prompts(text, source="prompts"):
 def parse_classes(text, source="classes.txt"):
     """Reads a list of classes, one a line, into a Vocabulary of stuff; the first line has the id 0.
 
-    ValueError: a blank line, a name twice, no name, or more than the 254 that a byte counts beside 255.
+    ValueError: a blank line, a name twice, no name, or more than 254; U+FFFD or NUL, which is what another
+    encoding leaves in a text that was decoded as UTF-8 with errors="replace".
     """
+    if "\ufffd" in text or "\0" in text:
+        raise ValueError(f"{source}: not UTF-8; save it as UTF-8")
     names = [line.strip() for line in text.rstrip().splitlines()]
     if not 0 < len(names) < 255:
         raise ValueError(f"{source}: {len(names)} names; give 1 to 254, one a line")

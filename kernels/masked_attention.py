@@ -9,7 +9,8 @@ In: q (B, nh, M, hd), k and v (B, nh, N, hd), any strides; bits int32 (B, num_ma
 Out: (B, nh, M, hd), a view of (B, M, nh, hd) memory, so that the output projection needs no copy.
 Triton: fp16 and bf16 with the head sizes of HEAD_SIZES. fp32 accumulation, no atomics: bitwise repeatable.
 
-    out = masked_attention(q, k, v, pack_mask(...), num_masked_rows=200)
+    bits = pack_mask(keep[:, :, None].float() - 0.5, (1, N), 0, N)  # of any bool mask keep (B, Q, N)
+    out = masked_attention(q, k, v, bits, num_masked_rows=Q)  # copied, it needs choose.py beside it
 """
 # SPDX-License-Identifier: MIT
 import math

@@ -142,6 +142,17 @@ def test_zip_reader_decodes_utf8_names_without_their_flag(tmp_path):
     assert ZipReader(path).read("\u732b.txt") == b"1"
 
 
+@pytest.mark.parametrize("system,name", [(0, "d/images/a.png"), (3, "d\\images\\a.png")])
+def test_zip_of_windows_has_folders(tmp_path, system, name):
+    """.NET wrote backslashes between folders; in a zip of Unix they are part of a name."""
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        info = zipfile.ZipInfo("d/images/a.png")
+        info.filename, info.create_system = "d\\images\\a.png", system
+        archive.writestr(info, b"1")
+    reader = ZipReader(tmp_path / "x.zip")
+    assert reader.read(name) == b"1" and len(reader.names) == 1
+
+
 def test_nested_zip_whose_name_lacks_its_utf8_flag(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     inner = io.BytesIO()
@@ -944,6 +955,21 @@ def test_own_pictures_and_masks(tmp_path, packed):
     assert dataset.task.kind == "semantic" and dataset.task.vocabulary.names == ("cat", "long grass", "sky")
     assert dataset[0].target.labels.tolist() == [0, 2] and dataset[0].target.area.tolist() == [2, 3]
     assert dataset[0].name == "a.b.jpg"
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".bmp", ".tif", ".TIFF"])
+def test_own_pictures_of_every_kind_that_predict_reads(tmp_path, suffix):
+    (tmp_path / "classes.txt").write_text("cat\n")
+    for part in ("images", "masks"):
+        (tmp_path / part / "val").mkdir(parents=True)
+    Image.new("RGB", (3, 2), (255, 0, 0)).save(tmp_path / f"images/val/a{suffix}")
+    Image.new("L", (3, 2)).save(tmp_path / "masks/val/a.png")
+    sample = SegmentDataset(tmp_path, "auto", "val")[0]
+    assert sample.name == f"a{suffix}" and sample.image[0].float().mean() > 250
+    assert len(sample.target.labels) == 1
+    (tmp_path / f"images/val/a{suffix}").rename(tmp_path / "images/val/a.heic")
+    with pytest.raises(FileNotFoundError, match=r"images/val!: no \*\.jpg, .*\*\.webp, .*; "):
+        SegmentDataset(tmp_path, "auto", "val")
 
 
 def test_own_coco_gets_its_own_vocabulary(tmp_path):

@@ -129,7 +129,7 @@ def error_of(work, *words):
         (b"<!DOCTYPE html><html>quota exceeded</html>", "a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs pointer"),
         (b"PK\3\4" + b"x" * 500, "a cut or damaged zip"),
-        (b"\x1f\x8b" + b"x" * 500, "not a zip"),
+        (b"\x1f\x8b" + b"x" * 500, "neither a zip nor a .tar"),
         (None, "not found"),
     ],
 )
@@ -335,7 +335,8 @@ def test_faults_of_the_annotation_file(root, change, words):
 )
 def test_json_that_is_none(root, content, word):
     edit(root / PANOPTIC, {JSON.format("val"): content})
-    error_of(lambda: SegmentDataset(root, "shapes", "val"), f"!{JSON.format('val')}: ", word)
+    said = error_of(lambda: SegmentDataset(root, "shapes", "val"), f"!{JSON.format('val')}: ", word)
+    assert "; fix or download it" in said or "; give COCO's panoptic form" in said
 
 
 def test_unknown_task_split_and_layout(root, tmp_path):
@@ -343,7 +344,8 @@ def test_unknown_task_split_and_layout(root, tmp_path):
     with pytest.raises(ValueError, match="train or val"):
         SegmentDataset(root, "shapes", "test")
     (tmp_path / "empty").mkdir()
-    error_of(lambda: data.detect(tmp_path / "empty"), "no known layout")
+    words = "annotations/instances_{train,val}.json", "images/ masks/ classes.txt"
+    error_of(lambda: data.detect(tmp_path / "empty"), "no known layout", *words)
     error_of(lambda: SegmentDataset(tmp_path / "empty", "cityscapes_semantic", "val"), "leftImg8bit")
 
 
@@ -741,6 +743,14 @@ def test_own_masks(tmp_path, mask, word):
     error_of(lambda: SegmentDataset(tmp_path, "auto", "val")[0], "a.png: ", word)
 
 
+def test_check_names_classes_without_a_pixel(tmp_path, capsys, monkeypatch):
+    """Masks of 0 and 255, as many tools write them: 255 is ignored, so the second class was lost unsaid."""
+    own(tmp_path, encode(np.array([[0, 255]] * 4, np.uint8)), photo=encode(np.zeros((4, 2, 3), np.uint8)))
+    monkeypatch.chdir(tmp_path)
+    assert data.main([str(tmp_path), "--split", "val", "--decode"]) == 0
+    assert "val: no segment of dog\n" in (said := capsys.readouterr().out) and "cat" not in said
+
+
 def test_cityscapes_value_beyond_the_published(tmp_path):
     """Of labelIds 0..33 and 255 those outside the 19 classes are void; any other is a wrong file."""
     base, stem = tmp_path / "leftImg8bit" / "val" / "town", "town_000000_000019"
@@ -761,6 +771,22 @@ def test_own_folder_without_mask_or_classes(tmp_path):
     error_of(lambda: SegmentDataset(tmp_path, "auto", "val"), f"{tmp_path / 'masks/val'}!a.png: missing")
     (tmp_path / "classes.txt").write_text("\n")
     error_of(lambda: data.detect(tmp_path), "classes.txt: 0 names")
+
+
+@pytest.mark.parametrize("top", ["", "images/", "x/images/"])
+def test_splits_stay_apart_in_one_zip(tmp_path, top):
+    """images.zip packed without its own folder gave every picture to both splits."""
+    (tmp_path / "classes.txt").write_text("cat\n")
+    for part in ("images", "masks"):
+        with zipfile.ZipFile(tmp_path / f"{part}.zip", "w") as archive:
+            for name in ("train/a.png", "train/b.png", "val/c.png"):
+                content = encode(np.zeros((4, 4, 3) if part == "images" else (4, 4), np.uint8))
+                archive.writestr(top.replace("images", part) + name, content)
+    assert SegmentDataset(tmp_path, "auto", "train").source.stems[-1].endswith("b")
+    assert [len(SegmentDataset(tmp_path, "auto", split)) for split in ("train", "val")] == [2, 1]
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.writestr(f"{top}train/a.png", encode(np.zeros((4, 4, 3), np.uint8)))
+    error_of(lambda: SegmentDataset(tmp_path, "auto", "val"), "has no images/val[.zip] or images.zip with it")
 
 
 def test_ade_instance_of_two_classes(tmp_path):
@@ -829,6 +855,30 @@ def test_outline_that_is_none_names_its_image(tmp_path, outline, word):
     place = "annotations/instances_val2017.json: image id 1, number 1 of its annotations: "
     error_of(lambda: dataset[0], f"{tmp_path}/annotations_trainval2017.zip!{place}", word)
     assert len(dataset[1].target.labels)
+
+
+@pytest.mark.parametrize("outline", [[], None, {}])
+def test_box_alone_is_no_segment(tmp_path, outline):
+    """Exports for detection hold "segmentation": []; it trained on nothing, unsaid."""
+    data.write_shapes(tmp_path, vocab.SHAPES, 1, 2)
+    task = data.replace(data.TASKS["coco_instance"], vocabulary=vocab.SHAPES)
+    spoil_instances(tmp_path, lambda notes, _: notes[0].update(segmentation=outline))
+    place = "instances_val2017.json: image id 1, number 1 of its annotations: "
+    error_of(lambda: SegmentDataset(tmp_path, task, "val"), place, "no outline", "polygons or RLE")
+
+
+def test_flags_that_are_text(tmp_path):
+    """numpy takes "0" for true, so every object was a crowd and every class a thing."""
+    data.write_shapes(tmp_path, vocab.SHAPES, 1, 2)
+
+    def change(notes, kinds):
+        notes[0].update(iscrowd="0"), notes[1].update(iscrowd="1"), notes[2].update(iscrowd=None)
+        kinds[0].update(isthing="0"), kinds[1].update(isthing="1")
+
+    spoil_instances(tmp_path, change)
+    table = data.coco_table(tmp_path, "instances", "val")[0]
+    assert table["crowd"][:3].tolist() == [False, True, False]
+    assert table["category_thing"][:2].tolist() == [False, True]
 
 
 def test_category_twice_and_area_of_nothing(tmp_path):
@@ -1028,6 +1078,18 @@ def test_json_without_a_key(root, kind, change, key):
     where = f"{root / archive}!annotations/{kind}_val2017.json: "
     text = error_of(lambda: SegmentDataset(root, task, "val"), where, f"key '{key}'", "categories (id, name)")
     assert "Error" not in text and ("segments_info" if kind == "panoptic" else "segmentation") in text
+
+
+@pytest.mark.parametrize("kind", ["panoptic", "instances"])
+@pytest.mark.parametrize("hw", [(10**9, 64), (10**12, 10**12), (0, 64), (64, -1)])
+def test_size_that_no_picture_has(tmp_path, kind, hw):
+    """It ended in "Unable to allocate 59.6 GiB", without a file, or in numpy's words."""
+    images = [{"id": 7, "file_name": "a.png", "height": hw[0], "width": hw[1]}]
+    (tmp_path / "annotations").mkdir()
+    table = {"images": images, "categories": [{"id": 1, "name": "cat"}], "annotations": []}
+    (tmp_path / f"annotations/{kind}_val.json").write_text(json.dumps(table))
+    problems = data.coco_table(tmp_path, kind, "val")[0]["problems"].tolist()
+    assert any(b"_val.json: image id 7 has height, width [" in line and b"; fix" in line for line in problems)
 
 
 def test_number_too_large_for_an_id(root):

@@ -6,6 +6,7 @@ tests marked `interpreted` in a process of their own.
 # SPDX-License-Identifier: MIT
 import importlib
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -674,3 +675,12 @@ def test_gpu_compiled_training_step_equals_reference(monkeypatch):
     monkeypatch.delenv("EOMT_KERNELS")
     for run in (model, torch.compile(model)):
         assert error(step(run), plain.double()) < 5e-2
+
+
+def test_any_bool_mask_in_bits_as_the_docstring_says():
+    """Who copies masked_attention.py has a bool mask (B,Q,N), not mask logits on a grid."""
+    keep, N = torch.rand(2, 5, 37) > 0.5, 37
+    recipe = re.search(r"bits = (pack_mask\(keep.*\))  #", attention_module.__doc__)[1]
+    bits = eval(recipe, dict(pack_mask=pack_mask, keep=keep, N=N))
+    assert torch.equal(attention_module.unpack(bits, N), keep)
+    assert "choose.py" in attention_module.__doc__

@@ -533,3 +533,12 @@ def test_eval_prints_no_score_and_training_does_not_begin(shapes, tmp_path):  # 
         )
         assert run.wait() == [1] and "step 1/" not in run.text() and "Traceback" not in run.text(), run.text()
         assert re.match(rf"error: [^\n]*{name}", run.text().splitlines()[-1]), run.text()
+
+
+@pytest.mark.parametrize("name", ["model", "model.pt", "model.safetensors"])
+def test_saved_weights_load_under_any_name(tmp_path, name):
+    """What `save` wrote without .safetensors was "cut or damaged" to `load`."""
+    model = eomt.EoMT(eomt.ViT(16, 2, 2, 8, (2, 2)), 3, 2, 1)
+    eomt.save(tmp_path / name, model, size=16)
+    again = eomt.load(tmp_path / name)
+    assert again.meta["size"] == 16 and torch.equal(again.q.weight, model.q.weight)

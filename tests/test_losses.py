@@ -5,6 +5,7 @@ import re
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -709,3 +710,17 @@ def test_itc_distill_gradient_only_for_the_student():
     loss = itc_distill(none, none, text, labels[:0], torch.arange(4), 6.0, -1.0)
     loss.backward()
     assert loss.item() == 0 and none.grad.shape == (0, 5)
+
+
+def test_target_of_the_docstring_is_the_masks():
+    """The recipe for 0/1 masks, also overlapping ones and none."""
+    recipe = re.search(r"    (target = .*?labels=labels\))", losses.__doc__, re.S)[1]
+    for count in (3, 0):
+        masks = torch.rand(count, 8, 12) > 0.5  # (T, H, W)
+        scope = dict(torch=torch, SimpleNamespace=SimpleNamespace, masks=masks, labels=torch.arange(count))
+        exec(recipe, scope)
+        target, points = scope["target"], torch.rand(50, 2)
+        hit = losses.sample_segments(target.ids, target.layer, target.value, points)
+        torch.testing.assert_close(hit, losses.sample_points(masks.float(), points), rtol=0, atol=1e-6)
+        prediction = SimpleNamespace(masks=torch.randn(1, 5, 2, 3), classes=torch.randn(1, 5, 4))
+        assert losses.SetLoss(3, num_points=16)([prediction], [target])["loss"].isfinite()

@@ -785,3 +785,8 @@ def test_frequency_bias():
     bias = siglip2.frequency_bias(counts, SEEN)
     torch.testing.assert_close(bias[SEEN], -torch.log(torch.tensor([0.1, 0.3, 0.6])))
     torch.testing.assert_close(bias[~SEEN], bias[SEEN].mean().expand(2))
+
+
+def test_head_wants_an_owner_for_every_row():
+    with pytest.raises(AssertionError, match=r"\[4, 12\]\), tensor\(\[0, 1, 1\]\)"):
+        make_head(torch.randn(4, 12), torch.tensor([0, 1, 1]), [True, False])

@@ -328,6 +328,7 @@ def test_predict_command(short_run, tmp_path):
     done = run("predict.py", tmp_path, "--ckpt", short_run[0], "--out", tmp_path / "rest")
     line = r"error: .*aa\.jpg: 0 bytes, not a pic.* \(and 1 more of 4 images\)\n"  # and the others are there
     assert done.returncode == 1 and re.fullmatch(line, done.stderr)
+    assert "aa.jpg: 0 bytes" in done.stdout and "cut.jpg: cannot be decoded" in done.stdout  # each is named
     rows = json.loads((tmp_path / "rest" / "predictions.json").read_text())["annotations"]
     assert [row["image"] for row in rows] == ["a.png", "b.jpg"] and (tmp_path / "rest" / "b.png").exists()
     done = run("predict.py", tmp_path, "--ckpt", short_run[0], "--out", tmp_path / "a.png")

@@ -356,7 +356,10 @@ def test_class_list():
 @pytest.mark.parametrize("text, said", [
     ("", "0 names; give 1 to 254"), ("\n".join(map(str, range(255))), "255 names"),
     ("\nsky", "line 1 is blank"), ("sky\n\nroad", "line 2 is blank"),
-    ("sky\nroad\nsky", "line 3 is a name again")])
+    ("sky\nroad\nsky", "line 3 is a name again"),
+    (b"stra\xdfe\nsky".decode(errors="replace"), "not UTF-8; save it as UTF-8"),
+    ("sky\nroad".encode("utf-16").decode(errors="replace"), "not UTF-8"),
+    ("sky\nroad".encode("utf-16-le").decode(), "not UTF-8")])
 def test_class_list_errors(text, said):
     assert error(vocab.parse_classes, text, "x!classes.txt").startswith(f"x!classes.txt: {said}")
 
