@@ -3,6 +3,7 @@
     python train.py --quick                                             # procedural data, CPU, minutes
     python train.py --task coco_panoptic --encoder dinov2_large --data /coco
     torchrun --nproc_per_node=4 train.py --task coco_panoptic --encoder dinov2_large --data /coco
+    python train.py --quick --stage A && python train.py --quick --stage B --init runs/quick-A
     python train.py --task coco_panoptic --data /coco --dry-run         # the resolved recipe, then stop
 
 One process and N processes run the same lines. Settings: default < task < encoder < stage < --config < flag.
@@ -1019,15 +1020,6 @@ class Trainer:
 # Its pretraining sees no mask, but every name: the situation of a real SigLIP 2. What makes it learn in
 # minutes: patches that see only their neighbours (else the words are right for images and wrong for regions),
 # positions that start as sines, one object an image at first, y = +1 wherever a caption is true.
-def toy_captions(vocabulary) -> tuple[list[str], torch.Tensor]:
-    """All full names and all bare words (n), and bool (K,n): of which class is which one true?"""
-    names = [texts[0][0] for texts in vocab.prompts(vocabulary, templates="plain")]
-    words = list(dict.fromkeys(word for name in vocabulary.names for word in name.split()))
-    true = [[k == j for j in range(len(names))] + [word in name.split() for word in words]
-            for k, name in enumerate(vocabulary.names)]
-    return names + words, torch.tensor(true)
-
-
 def toy_tokenizer(texts: list[str], folder: Path) -> int:
     """tokenizer.json with one id a word; returns the number of ids."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -1073,9 +1065,9 @@ def pretrain_toy(folder: str | Path, vocabulary, steps: int = 2000, seed: int = 
     """Trains the pair with SigLIP's sigmoid loss and writes `folder`; about 90 ms a step on one core."""
     torch.manual_seed(seed)
     rng, folder = np.random.default_rng(seed), Path(folder)
-    texts, true = toy_captions(vocabulary)
+    texts, true = vocab.captions(vocabulary)
     vision, text = toy_towers(toy_tokenizer(texts, folder))
-    ids = siglip2.Tokenizer(folder, TOY_LENGTH)(texts)  # (n, L)
+    ids, true = siglip2.Tokenizer(folder, TOY_LENGTH)(texts), torch.tensor(true).float()  # (n, L), (K, n)
     worlds = [toy_scenes(vocabulary, min(4000, TOY_BATCH * steps), seed, things) for things in (1, 3)]
     weights = [*vision.parameters(), *text.parameters()]
     optimizer = torch.optim.AdamW(weights, TOY_LR, (0.9, 0.98), weight_decay=0.05)
@@ -1085,7 +1077,7 @@ def pretrain_toy(folder: str | Path, vocabulary, steps: int = 2000, seed: int = 
         pick = torch.from_numpy(rng.integers(len(images), size=TOY_BATCH))
         batch = images[pick].float() / 127.5 - 1  # (B, 3, 64, 64)
         batch = torch.where(torch.rand(TOY_BATCH, 1, 1, 1) < 0.5, batch, batch.flip(-1))
-        positive = visible[pick].float() @ true.float() > 0  # (B, n)
+        positive = visible[pick].float() @ true > 0  # (B, n)
         rows = vision.head(vision(batch))  # (B, C)
         loss = sigmoid_contrastive(rows, text(ids), positive, text.logit_scale.exp(), text.logit_bias)
         optimizer.zero_grad()
@@ -1195,10 +1187,10 @@ def run(cfg: Config, origin: dict) -> int:
         describe(cfg, origin, model, images, world)
     if cfg.dry_run:
         return 0
-    model.meta["images"] = {
-        f"{split} images": f"{len(one)} (names {hashlib.sha256(one.source.names).hexdigest()[:8]})"
-        for split, one in sets.items()}
+    digests = {split: hashlib.sha256(one.source.names).hexdigest()[:8] for split, one in sets.items()}
     model.meta |= dict(task=cfg.task, kind=task.kind, size=cfg.size, data=cfg.data, cwd=os.getcwd(),
+                       images={f"{split} images": f"{len(sets[split])} (names {digest})"
+                               for split, digest in digests.items()},
                        **{key: list(getattr(task.vocabulary, key)) for key in ("names", "ids", "thing")})
     trainer = Trainer(cfg, model.to(device), device, rank, world, Log(out := Path(cfg.out), rank), sets)
     first, began = start(trainer), time.time()

@@ -468,6 +468,15 @@ def prompts(vocab, languages=("en",), templates="default"):
     return out
 
 
+def captions(vocab):
+    """Returns what may be said of a picture, full prompts and bare words (n), and which of it is true where a
+    class is seen, bools K x n."""
+    texts = [words[0][0] for words in prompts(vocab, templates="plain")]
+    words = list(dict.fromkeys(word for name in vocab.names for word in name.split()))
+    return texts + words, [[k == j for j in range(len(texts))] + [word in name.split() for word in words]
+                           for k, name in enumerate(vocab.names)]
+
+
 def parse_prompts(text, source="prompts"):
     """Reads "cat, zebra|zebras; stuff: road, sky" into a Vocabulary with ids 1..K in the order typed.
 
