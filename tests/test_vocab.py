@@ -290,6 +290,10 @@ def test_split_ovcoco_leaves_15_things_out():
     assert all(" " in name for name in rest) and not any(" " in COCO_INSTANCE.names[k] for k in seen + unseen)
 
 
+def test_split_without_a_name():
+    assert vocab.split(COCO_INSTANCE, "") == (tuple(range(80)), ())
+
+
 def test_split_true_ids(truth):
     assert truth["splits_unseen_coco_ids"] == COCO_UNSEEN
 
