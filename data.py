@@ -136,8 +136,8 @@ class Reader:
         lower = {n.lower(): n for n in self.names.tolist()} if (at < 0).any() else {}
         for name in (names[i] for i in np.flatnonzero(at < 0)):
             other = lower.get(os.fsencode(name).lower())
-            found = f"case differs, there is {os.fsdecode(other)}" if other else "missing"
-            problems.append(f"{self.label}!{name}: {found}; get it, or fix the annotation file")
+            found = f"case differs, there is {os.fsdecode(other)}; rename it" if other else "missing; get it"
+            problems.append(f"{self.label}!{name}: {found}, or fix the annotation file")
         twice = np.append(self.names[1:] == self.names[:-1], False)
         for i in at[twice[at]]:  # -1 is the last, which never is one of two
             problems.append(f"{self.where(i)}: there more than once; pack this archive again")
