@@ -133,10 +133,9 @@ class Reader:
         lower = {n.lower(): n for n in self.names.tolist()} if (at < 0).any() else {}
         for name in (names[i] for i in np.flatnonzero(at < 0)):
             other = lower.get(os.fsencode(name).lower())
-            found = f"case differs, there is {os.fsdecode(other)}" if other else "missing"
-            fault = f"a name of {len(name)} characters; make it shorter" if len(name) > LONGEST else \
-                f"{found}; get it, or fix the annotation file"
-            problems.append(f"{self.label}!{name}: {fault}")
+            found = f"case differs, there is {os.fsdecode(other)}; rename it" if other else \
+                f"{len(name)} characters; make it shorter" if len(name) > LONGEST else "missing; get it"
+            problems.append(f"{self.label}!{name}: {found}, or fix the annotation file")
         twice = np.append(self.names[1:] == self.names[:-1], False)
         for i in at[twice[at]]:  # -1 is the last, which never is one of two
             problems.append(f"{self.where(i)}: there more than once; pack this archive again")

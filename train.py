@@ -1208,7 +1208,7 @@ def run(cfg: Config, origin: dict) -> int:
         trainer.log.wandb.finish(code)
     if code == 0:
         trainer.log.say(f"done in {time.time() - began:.0f} s: {out}/best, {out}/curves.png, {out}/viz\n"
-                        f"next: python eval.py --ckpt {out}    python predict.py --ckpt {out} IMAGE")
+                        f"next: python eval.py --ckpt '{out}'    python predict.py --ckpt '{out}' IMAGE")
     return code
 
 

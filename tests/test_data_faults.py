@@ -230,7 +230,7 @@ def test_image_missing_or_named_in_another_case(root):
     edit(root / "val2017.zip", {"val2017/000000000002.JPG": b"", "val2017/000000000003.jpg": None})
     text = error_of(
         lambda: SegmentDataset(root, "shapes", "val"),
-        f"!{member}: case differs, there is {member[:-3]}JPG; ",
+        f"!{member}: case differs, there is {member[:-3]}JPG; rename it, or ",
         "(and 1 more",
     )
     assert len(data.check(root, "shapes", "val")) == 2

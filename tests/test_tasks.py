@@ -4,6 +4,7 @@
 import io
 import json
 import re
+import shlex
 import shutil
 import signal
 import zipfile
@@ -361,9 +362,11 @@ def test_own_data_from_other_checkpoint(tmp_path, capsys):
     start = eomt.EoMT(eomt.ViT(**eomt.ENCODERS["tiny"], grid=(4, 4)), 133, 5)
     eomt.save(tmp_path / "coco.safetensors", start, task="coco_panoptic")
     out = trained(
-        root, tmp_path / "run", "--task", "auto", "--init", str(tmp_path / "coco.safetensors"), "--lr", "0"
+        root, tmp_path / "a run", "--task", "auto", "--init", str(tmp_path / "coco.safetensors"), "--lr", "0"
     )
     text = capsys.readouterr().out
+    words = shlex.split(text.split("next: python ")[1])  # as a shell reads it
+    assert words[words.index("--ckpt") + 1] == str(out)
     assert len(re.findall("class head not loaded: 133 classes there, 2 here", text)) == 1
     assert torch.equal(eomt.load(out).q.weight, start.q.weight)
 
