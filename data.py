@@ -19,6 +19,7 @@ import collections
 import contextlib
 import difflib
 import fcntl
+import gc
 import hashlib
 import io
 import itertools
@@ -218,8 +219,7 @@ class ZipReader(Reader):
             raise ValueError(f"{self.where(i)}: {self.size[i]} bytes unpacked, limit {limit}; remove it")
         if self.crc[i] == NO_CRC:  # tar
             return int(self.offset[i])
-        # lengths of name and extra field differ from the directory's
-        head = self.pread(int(self.offset[i]), 30)
+        head = self.pread(int(self.offset[i]), 30)  # whose name and extra field have their own lengths
         if head[:4] != b"PK\3\4" or len(head) < 30:
             raise ValueError(f"{self.where(i)}: not where the directory says; download the archive again")
         return int(self.offset[i]) + 30 + sum(struct.unpack("<HH", head[26:]))
@@ -388,14 +388,13 @@ class Task:
     images: int = 0  # of the official training split
 
 
-# Recipes of EoMT's model zoo; the procedural worlds' objects have a tiny model's size, so they scale little.
+ADE_RECIPE = dict(epochs=31, color_jitter=True, images=20210)
+# Recipes of EoMT\'s model zoo; the procedural worlds\' objects have a tiny model\'s size, so they scale little.
 TASKS = {task.name: task for task in (
     Task("coco_panoptic", vocab.COCO_PANOPTIC, "panoptic", "coco_panoptic", images=118287),
     Task("coco_instance", vocab.COCO_INSTANCE, "instance", "coco_instance", images=118287),
-    Task("ade20k_panoptic", vocab.ADE20K, "panoptic", "ade20k_panoptic", epochs=31, color_jitter=True,
-         images=20210),
-    Task("ade20k_instance", vocab.ADE20K_INSTANCE, "instance", "ade20k_panoptic", epochs=31,
-         color_jitter=True, images=20210),
+    Task("ade20k_panoptic", vocab.ADE20K, "panoptic", "ade20k_panoptic", **ADE_RECIPE),
+    Task("ade20k_instance", vocab.ADE20K_INSTANCE, "instance", "ade20k_panoptic", **ADE_RECIPE),
     Task("ade20k_semantic", vocab.ADE20K, "semantic", "ade20k", 100, 31, 512, (0.5, 2.0), True, 20210),
     Task("cityscapes_semantic", vocab.CITYSCAPES, "semantic", "cityscapes", 100, 107, 1024, (0.5, 2.0),
          True, 2975),
@@ -453,15 +452,20 @@ def load_table(reader: Reader, member: str, kind: str) -> Table:
             if not cached.exists():
                 fcntl.flock(lock, fcntl.LOCK_EX)
             return Table(cached)
-        data = reader.read(member, JSON_LIMIT)
+        tree = reader.read(member, JSON_LIMIT)  # the text, then what it says
+        size, threshold = len(tree), gc.get_threshold()
+        gc.set_threshold(0)  # a collection would go through millions of lists that are all in use
         try:
-            arrays, problems = parse(json.loads(data))
+            arrays, problems = parse(tree := json.loads(tree))
         except (ValueError, OverflowError, RecursionError) as error:  # not JSON, or numbers that are none
-            raise ValueError(f"{where}: {len(data)} bytes, {str(error)[:99]}; fix or download it") from None
+            raise ValueError(f"{where}: {size} bytes, {str(error)[:99]}; fix or download it") from None
         except (KeyError, TypeError, AttributeError) as error:
             found = f"no key {error}" if isinstance(error, KeyError) else f"not COCO's form ({error!r})"
             form = f"images (id, file_name, height, width), categories (id, name), annotations ({form})"
             raise ValueError(f"{where}: {found}; give COCO's {kind} form: {form}") from None
+        finally:
+            del tree  # freed in the order of the file, which is faster, and before any collection
+            gc.set_threshold(*threshold)
         arrays["problems"] = np.array([f"{where}: {line}".encode() for line in problems[:1000]], dtype="S")
         write_atomically(cached, lambda file: np.savez(file, **arrays))
     return Table(cached)
@@ -530,19 +534,19 @@ def parse_instances(data: dict) -> tuple[dict, list[str]]:
     arrays, lists, problems = _image_arrays(data)
     segments = _segments(lists, arrays)
     arrays["is_rle"] = np.array([isinstance(s["segmentation"], dict) for s in segments], bool)
-    outlines = []
+    parts, ends = [], [0]
     for image_id, hw, one in zip(arrays["image_id"], arrays["hw"].tolist(), lists, strict=True):
         for number, segment in enumerate(one, 1):
             try:
-                outlines.append(_parts(segment["segmentation"], hw))
+                parts += _parts(segment["segmentation"], hw)
             except ValueError as error:
-                outlines.append([])
                 problems.append(f"image id {image_id}, number {number} of its annotations: {error}")
-    parts = [part for outline in outlines for part in outline]
-    arrays["part"], arrays["number"] = np.cumsum([0, *map(len, outlines)]), np.cumsum([0, *map(len, parts)])
+            ends.append(len(parts))
+    arrays["part"], arrays["number"] = np.array(ends), np.cumsum([0, *map(len, parts)])
     numbers = np.fromiter(itertools.chain.from_iterable(parts), np.float64)
     # annotations have two decimals: hundredths in int32 take half the room and give the same doubles back
-    hundredths = np.round(numbers * 100)
+    hundredths = numbers * 100
+    np.round(hundredths, out=hundredths)
     exact = np.abs(hundredths).max(initial=0) < 2**31 and (hundredths / 100 == numbers).all()
     arrays["numbers"], arrays["unit"] = (hundredths.astype(np.int32), 100) if exact else (numbers, 1)
     return arrays, problems
@@ -650,8 +654,7 @@ def open_picture(data: bytes, where: str, shrink: int = 1) -> Image.Image:
         raise ValueError(f"{where}: {len(data)} bytes, not a picture; download it again") from None
     except UNDECODABLE as error:
         raise ValueError(f"{where}: cannot be decoded ({error}); download it again") from None
-    # Pillow would clip 16 bits without a word
-    if picture.mode[0] in "IF" or picture.format == "PNG" and data[24] == 16:
+    if picture.mode[0] in "IF" or picture.format == "PNG" and data[24] == 16:  # Pillow would clip, unsaid
         raise ValueError(f"{where}: more than 8 bits a channel (mode {picture.mode}); convert it to 8 bits")
     return picture
 
@@ -765,8 +768,7 @@ class CocoInstance(_Coco):
     def _mask(self, i, s, height, width):
         from metrics import polygons_to_mask, rle_decode
         edges = self.table["number"][self.table["part"][s]:self.table["part"][s + 1] + 1]
-        numbers, unit = self.table["numbers"], self.table["unit"]
-        parts = [numbers[start:end] / unit for start, end in itertools.pairwise(edges)]
+        parts = [self.table["numbers"][a:b] / self.table["unit"] for a, b in itertools.pairwise(edges)]
         try:
             if self.table["is_rle"][s]:
                 return rle_decode({"size": [height, width], "counts": parts[0].astype(np.int64)})
@@ -1398,10 +1400,9 @@ def _annotate(index, segments, vocabulary, image_id, rng):
         mask = index == t  # (H, W)
         if not mask.any():
             continue
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        box = [int(columns[0]), int(rows[0]), int(np.ptp(columns)) + 1, int(np.ptp(rows)) + 1]
+        left, top, right, bottom = Image.fromarray(mask).getbbox()
         infos.append({"id": int(ids[t]), "category_id": vocabulary.ids[k], "iscrowd": crowd,
-                      "area": int(mask.sum()), "bbox": box})
+                      "area": int(mask.sum()), "bbox": [left, top, right - left, bottom - top]})
         if vocabulary.thing[k]:
             ends = np.flatnonzero(np.diff(mask.T.ravel(), prepend=False, append=not mask[-1, -1]))
             outline = {"size": list(mask.shape), "counts": np.diff(ends, prepend=0).tolist()}
