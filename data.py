@@ -389,7 +389,7 @@ class Task:
 
 
 ADE_RECIPE = dict(epochs=31, color_jitter=True, images=20210)
-# Recipes of EoMT\'s model zoo; the procedural worlds\' objects have a tiny model\'s size, so they scale little.
+# Recipes of EoMT's model zoo; the procedural worlds' objects have a tiny model's size, so they scale little.
 TASKS = {task.name: task for task in (
     Task("coco_panoptic", vocab.COCO_PANOPTIC, "panoptic", "coco_panoptic", images=118287),
     Task("coco_instance", vocab.COCO_INSTANCE, "instance", "coco_instance", images=118287),
@@ -545,8 +545,7 @@ def parse_instances(data: dict) -> tuple[dict, list[str]]:
     arrays["part"], arrays["number"] = np.array(ends), np.cumsum([0, *map(len, parts)])
     numbers = np.fromiter(itertools.chain.from_iterable(parts), np.float64)
     # annotations have two decimals: hundredths in int32 take half the room and give the same doubles back
-    hundredths = numbers * 100
-    np.round(hundredths, out=hundredths)
+    np.round(hundredths := numbers * 100, out=hundredths)
     exact = np.abs(hundredths).max(initial=0) < 2**31 and (hundredths / 100 == numbers).all()
     arrays["numbers"], arrays["unit"] = (hundredths.astype(np.int32), 100) if exact else (numbers, 1)
     return arrays, problems
@@ -723,8 +722,8 @@ class CocoPanoptic(_Coco):
         if self.reader.find([f"{self.stem}.zip"])[0] >= 0:
             self.pngs = self.reader.nested(f"{self.stem}.zip")
             prefix = self.pngs.folder(self.stem.rsplit("/", 1)[-1])
-        names = self.table["png_name"]
-        self.png_members = self.pngs.locate([prefix + n.decode() for n in names], self.problems)
+        names = [prefix + name.decode() for name in self.table["png_name"]]
+        self.png_members = self.pngs.locate(names, self.problems)
 
     def target(self, i: int, crowd: bool) -> Target:
         rows = np.arange(*self.table["start"][i:i + 2])
@@ -854,8 +853,7 @@ class AdePanoptic(LabelPairs):
         value, label = seen >> 8, (seen & 255) - 1
         if len(set(value)) < len(value) or label.max(initial=0) >= len(self.thing_rows):
             raise ValueError(f"{where}: an instance of two classes, or an unknown class; download it again")
-        if crowd:
-            stuff = np.where(number > 0, 0, stuff)  # (H, W)
+        stuff = np.where(number > 0, 0, stuff) if crowd else stuff  # (H, W)
         pixels = [np.bincount(m.ravel(), minlength=256) for m in (stuff, number)]
         labels = np.flatnonzero(pixels[0][1:])
         layer = np.repeat([0, 1], [len(labels), len(value)])
@@ -1491,7 +1489,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--decode", action="store_true", help="also decode every image and mask")
     parser.add_argument("--out", default="data_check.png", help="picture to write")
     args = parser.parse_args(argv)
-    splits, out = args.split.split(","), Path(args.out)
+    splits, out, page, wrong = args.split.split(","), Path(args.out), None, 0
     if not {"train", "val"}.issuperset(splits):
         raise ValueError(f"--split {args.split}: unknown; give train, val or train,val")
     if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
@@ -1500,7 +1498,6 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"--out {out}: not the name of a picture; end it in .png or .jpg")
     task = find_task(args.path, args.task)
     print(f"{args.path}: {task.name}, {task.kind}, {len(task.vocabulary.names)} classes")
-    page, wrong = None, 0
     for split in splits:
         wrong += len(problems := check(args.path, task, split, args.decode))
         sys.stderr.writelines(f"error: {line}\n" for line in problems)
