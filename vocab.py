@@ -505,14 +505,18 @@ def parse_prompts(text, source="prompts"):
     return Vocabulary(source, *zip(*rows, strict=True))
 
 
+def _check_text(text, source):
+    """ValueError for what another encoding leaves in a text decoded as UTF-8 with errors="replace"."""
+    if "\ufffd" in text or "\0" in text:
+        raise ValueError(f"{source}: not UTF-8; save it as UTF-8")
+
+
 def parse_classes(text, source="classes.txt"):
     """Reads a list of classes, one a line, into a Vocabulary of stuff; the first line has the id 0.
 
-    ValueError: a blank line, a name twice, no name, or more than 254; U+FFFD or NUL, which is what another
-    encoding leaves in a text that was decoded as UTF-8 with errors="replace".
+    ValueError: a blank line, a name twice, no name, more than 254, or U+FFFD or NUL (not UTF-8).
     """
-    if "\ufffd" in text or "\0" in text:
-        raise ValueError(f"{source}: not UTF-8; save it as UTF-8")
+    _check_text(text, source)
     names = [line.strip() for line in text.rstrip().splitlines()]
     if not 0 < len(names) < 255:
         raise ValueError(f"{source}: {len(names)} names; give 1 to 254, one a line")
@@ -590,7 +594,7 @@ def _read_split(vocab, path):
         hint = f"did you mean {near[0]}?" if near else f"use {', '.join(SPLITS)} or a JSON file of names"
         raise ValueError(f"{path}: no such split and no such file; {hint}")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); write a list of the unseen class names") from None
     lists = data if isinstance(data, dict) else {"unseen": data}
@@ -657,7 +661,9 @@ def background(name, vocab):
     elif name in ("coco", "ade"):
         words = COCO_PANOPTIC if name == "coco" else ADE20K
     elif Path(name).is_file():
-        lines = (line.split("#")[0].strip() for line in Path(name).read_text(encoding="utf-8").splitlines())
+        text = Path(name).read_text(encoding="utf-8-sig", errors="replace")
+        _check_text(text, name)
+        lines = (line.split("#")[0].strip() for line in text.splitlines())
         words = parse_prompts(";".join(line for line in lines if line), source=str(name))
     else:
         raise FileNotFoundError(f"{name}: no such file; background takes coco, ade, none or a text file")

@@ -454,6 +454,18 @@ def test_background_file(tmp_path):
     assert "coco, ade, none" in error(vocab.background, "cooc", typed)
 
 
+def test_files_of_windows_editors(tmp_path):
+    """A byte order mark is no part of the first word; another encoding is named with its file."""
+    typed, path = vocab.parse_prompts("red cars"), tmp_path / "words.txt"
+    path.write_text("hedge, \u8def", encoding="utf-8-sig")
+    assert vocab.background(str(path), typed).names == ("hedge", "\u8def")
+    for encoding in ("latin-1", "utf-16"):
+        path.write_text("stra\u00dfe", encoding=encoding)
+        assert error(vocab.background, str(path), typed) == f"{path}: not UTF-8; save it as UTF-8"
+    path.write_text('["bus"]', encoding="utf-8-sig")
+    assert vocab.split(COCO_PANOPTIC, str(path))[1] == (COCO_PANOPTIC.names.index("bus"),)
+
+
 # ---------------------------------------------------------------- command line
 def test_main_prints_tables():
     script = Path(vocab.__file__)
