@@ -8,7 +8,7 @@ that we are faster. Calls of a case alternate and take random inputs in turn.
 
 Rivals do the same work on the same inputs; `error` is how far a result is from ours or from float64.
 kernels: PyTorch's attention in several ways, upstream EoMT's first, and plain modules; model, train: EoMT of
-transformers with our weights; data: upstream's loader; metrics: the official tools, and hotcoco in Rust."""
+transformers with our weights; data: upstream's loader; metrics: the official tools, hotcoco, torchmetrics."""
 # SPDX-License-Identifier: MIT
 import contextlib
 import copy
@@ -60,9 +60,9 @@ def clock(run, call, first, repeat=1):
 
 
 def compare(run, case, calls, work=0.0, unit="image/s", floor=None, error=None):
-    """Time calls (name -> function of an input number, or the reason why it does not run), print their table.
-    work: what one call does, rate = work / seconds; floor: seconds that no call on Hopper goes below, known
-    for FLOP and bytes; error: what a call and what ours, the first, give for input 0 -> how far off."""
+    """Time calls (name -> function of an input number, None if not installed, or why else it does not run),
+    print their table. work: what one call does, rate = work / seconds; floor: seconds that no call on Hopper
+    goes below, known for FLOP and bytes; error: results of a call and of ours, the first -> how far off."""
     floor = floor or work / {"GFLOP/s": PEAK, "GB/s": BANDWIDTH}.get(unit, float("inf"))
     print(f"\n**{case}**\n\n{TABLE}", flush=True)
     repeat, samples, errors, total, first = {}, {}, {}, 0, None
@@ -86,8 +86,8 @@ def compare(run, case, calls, work=0.0, unit="image/s", floor=None, error=None):
             ratio = np.median([a / b for (a, _), (b, _) in zip(ours, samples[name], strict=True)]).item()
             show(run, case, name, samples[name], ratio, work, unit, floor, errors[name])
         else:
-            print(f"| {name} | {call} | | | | | |", flush=True)
-            run.rows.append(dict(case=case, name=name, note=call))
+            print(f"| {name} | {call or 'not installed'} | | | | | |", flush=True)
+            run.rows.append(dict(case=case, name=name, note=call or "not installed"))
 
 
 def show(run, case, name, samples, ratio=None, work=0.0, unit="image/s", floor=None, error=None):
@@ -490,21 +490,19 @@ def bench_pq(run):
             metric.update(*pred, *true)
         return metric.compute()["PQ"]
 
-    files = []
-    for name, side in sides.items():  # the truth first
+    files = [f"{run.folder}/{name}.json" for name in sides]  # the truth first
+    for name, side in sides.items():
         os.mkdir(f"{run.folder}/{name}")
         for k, (ids, _) in enumerate(side):
             data.write_ids(ids, f"{run.folder}/{name}/{k}.png")
         rows = [dict(image_id=k, file_name=f"{k}.png", segments_info=s) for k, (_, s) in enumerate(side)]
-        files.append(Path(run.folder, f"{name}.json"))
-        files[-1].write_text(json.dumps(dict(
+        Path(run.folder, f"{name}.json").write_text(json.dumps(dict(
             images=[dict(id=k, height=480, width=640) for k in range(count)], annotations=rows,
             categories=[dict(id=k, name=str(k), isthing=int(t)) for k, t in enumerate(thing)])))
     calls = {"ours": ours}
     for name, module in (("hotcoco", "hotcoco.panoptic"), ("panopticapi", "panopticapi.evaluation")):
-        calls[name] = "not installed"
-        if found := optional(module):
-            calls[name] = lambda i, f=found: f.pq_compute(*map(str, files))["All"]["pq"]
+        found = optional(module)
+        calls[name] = found and (lambda i, f=found: f.pq_compute(*files)["All"]["pq"])
     compare(run, f"PQ of {count} maps 480 x 640, which rivals read from PNG files", calls, count, error=sub)
 
 
@@ -513,14 +511,17 @@ def bench_miou(run):
     (height, width), count = ((256, 512), 2) if run.quick else ((1024, 2048), 100)
     maps = [[regions(19, height, width) for _ in range(2)] for _ in range(2)]
 
-    def evaluate(metric, order):
+    def evaluate(metric, order, convert=np.asarray):
         for k in range(count):
-            metric.update(*maps[k % 2][::order])  # hotcoco wants the truth first
+            metric.update(*map(convert, maps[k % 2][::order]))  # hotcoco wants the truth first
         return metric
 
-    calls = {"ours": lambda i: evaluate(metrics.MeanIoU(19), 1).compute()["mIoU"], "hotcoco": "not installed"}
-    if coco := optional("hotcoco"):
-        calls["hotcoco"] = lambda i: evaluate(coco.semantic.SemanticEval(19), -1).report()["metrics"]["mIoU"]
+    coco, torchmetrics = optional("hotcoco"), optional("torchmetrics.classification")
+    calls = {"ours": lambda i: evaluate(metrics.MeanIoU(19), 1).compute()["mIoU"]}
+    calls["hotcoco"] = coco and (lambda i: evaluate(
+        coco.semantic.SemanticEval(19), -1).report()["metrics"]["mIoU"])
+    calls["torchmetrics"] = torchmetrics and (lambda i: evaluate(
+        torchmetrics.MulticlassJaccardIndex(19, validate_args=False), 1, torch.from_numpy).compute().item())
     compare(run, f"mIoU of {count} maps {height} x {width}", calls, count, error=sub)
 
 
@@ -559,10 +560,9 @@ def bench_ap(run):
     calls = {"ours": ours}
     for name, *names in (("pycocotools", "pycocotools.coco", "pycocotools.cocoeval"),
                          ("hotcoco", "hotcoco", "hotcoco")):
-        coco, evaluation = map(optional, names)
+        coco, scores = map(optional, names)
         with contextlib.redirect_stdout(io.StringIO()):
-            calls[name] = partial(official, truth=coco.COCO(str(path)),
-                                  evaluation=evaluation.COCOeval) if coco else "not installed"
+            calls[name] = coco and partial(official, truth=coco.COCO(str(path)), evaluation=scores.COCOeval)
     compare(run, f"mask AP of {count} images, 30 detections, 8 objects, from RLE", calls, count, error=sub)
 
 
@@ -608,8 +608,8 @@ def measure(argv):
         data.writable(run.json)  # what cannot be written is known now, not after the measuring
     torch.set_num_threads(run.threads)
     os.environ.setdefault("RAYON_NUM_THREADS", str(run.threads))  # hotcoco's
-    versions = {package.name: package.version for package in importlib.metadata.distributions()}
-    rivals, zlib = ("transformers", "panopticapi", "pycocotools", "hotcoco"), features.version("zlib")
+    versions, zlib = {p.name: p.version for p in importlib.metadata.distributions()}, features.version("zlib")
+    rivals = ("transformers", "panopticapi", "pycocotools", "hotcoco", "torchmetrics")
     about = dict(command=f"python bench.py {' '.join(argv)}",
                  gpu=torch.cuda.get_device_name() if run.cuda else "none", torch=torch.__version__,
                  triton=getattr(optional("triton"), "__version__", "not installed"),

@@ -1,6 +1,7 @@
 """bench.py: each subject prints tables and JSON without a GPU, and what it compares does the same work."""
 # SPDX-License-Identifier: MIT
 import argparse
+import importlib.util
 import json
 import sys
 
@@ -121,12 +122,25 @@ def test_bench_metrics(monkeypatch, capsys, tmp_path):
     pytest.importorskip("hotcoco")
     text, result = run_bench(monkeypatch, capsys, tmp_path, "metrics", "--quick")
     check_tables(text, result)
-    for case, rivals in (("PQ", {"hotcoco", "panopticapi"}), ("mIoU", {"hotcoco"}),
-                         ("mask AP", {"pycocotools", "hotcoco"})):
+    for case, rivals in (("PQ", {"hotcoco", "panopticapi"}), ("mask AP", {"pycocotools", "hotcoco"}),
+                         ("mIoU", {"hotcoco", "torchmetrics"})):
         rows = measured(result, case)
         assert set(rows) == {"ours"} | rivals
-        assert all(row["error"] < 1e-9 for row in rows.values() if "note" not in row)
+        for name, row in rows.items():  # torchmetrics divides in float32
+            assert "note" in row or row["error"] < (1e-6 if name == "torchmetrics" else 1e-9), (case, name)
         assert "error" in rows["hotcoco"]
+    assert ("note" in rows["torchmetrics"]) == (importlib.util.find_spec("torchmetrics") is None)
+
+
+@cpu
+def test_bench_metrics_without_rivals(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(bench, "optional", lambda name: None)
+    text, result = run_bench(monkeypatch, capsys, tmp_path, "metrics", "--quick")
+    check_tables(text, result)
+    notes = {row["name"]: row["note"] for row in result["rows"] if row["name"] != "ours"}
+    names = ("hotcoco", "panopticapi", "torchmetrics", "pycocotools")
+    assert notes == dict.fromkeys(names, "not installed")
+    assert all(f"| {name} | not installed |" in text for name in names)
 
 
 @cpu
