@@ -13,6 +13,7 @@ import copy
 import hashlib
 import json
 import math
+import os
 import pickle
 import re
 import sys
@@ -1006,10 +1007,10 @@ def _checked(header, raw, path):
     with _blame(path, "its header describes no model"), torch.device("meta"):
         config, meta = dict(header["config"]), dict(header["meta"])
         # A relative path counts from here, else from where the training was started.
-        far = {k: Path(meta.get("cwd", ""), meta[k]) for k in {"text", "tokenizer", "data"} & meta.keys()}
-        meta |= {k: str(path) for k, path in far.items() if path.exists() and not Path(meta[k]).exists()}
-        encoder, options = config["encoder"], config.get("open")
-        width = len(state["encoder.norm.weight"])
+        near = {k: meta[k] for k in ("text", "tokenizer", "data") if not os.path.exists(meta.get(k) or ".")}
+        far = {k: os.path.join(meta.get("cwd", ""), path) for k, path in near.items()}
+        meta |= {k: path for k, path in far.items() if os.path.exists(path)}  # not in others' closed folders
+        encoder, options, width = config["encoder"], config.get("open"), len(state["encoder.norm.weight"])
         fits = [encoder["width"] == width, width % encoder["heads"] == 0,
                 len(state) == len(raw) >= max(encoder["depth"], config["num_blocks"])]
         if options is not None:
@@ -1088,8 +1089,7 @@ def _compare(own, state, path, origin):
          for key, value, want in both if value.shape != want.shape],
         [f"{key} holds {value.dtype}, the model wants {want.dtype}"
          for key, value, want in both if value.is_floating_point() != want.is_floating_point()])
-    some = [fault for kind in faults for fault in kind[:3]]
-    if some:
+    if some := [fault for kind in faults for fault in kind[:3]]:
         more = sum(map(len, faults)) - len(some)
         raise ValueError(f"{path}: {'; '.join(some)}{f' and {more} more' if more else ''}; read with "
                          f"{_dialect(origin.values())} names: give the checkpoint of this model")

@@ -2,6 +2,7 @@
 
 # SPDX-License-Identifier: MIT
 import json
+import os
 import re
 import struct
 import time
@@ -542,3 +543,20 @@ def test_saved_weights_load_under_any_name(tmp_path, name):
     eomt.save(tmp_path / name, model, size=16)
     again = eomt.load(tmp_path / name)
     assert again.meta["size"] == 16 and torch.equal(again.q.weight, model.q.weight)
+
+
+@pytest.mark.parametrize("fault", [PermissionError, FileNotFoundError])
+def test_training_folder_of_another_user(tmp_path, monkeypatch, fault):
+    """A checkpoint from /root or another's home loads where one may not look in there."""
+    model, stat = eomt.EoMT(eomt.ViT(16, 2, 2, 8, (2, 2)), 3, 2, 1), os.stat
+
+    def closed(path, **options):
+        if str(path).startswith("/closed"):
+            raise fault(path)
+        return stat(path, **options)
+
+    paths = dict(data="set", text="/closed/tower", tokenizer="")
+    eomt.save(tmp_path / "model.safetensors", model, size=16, cwd="/closed/work", **paths)
+    monkeypatch.setattr(os, "stat", closed)
+    meta = eomt.load(tmp_path / "model.safetensors").meta
+    assert {key: meta[key] for key in paths} == paths
