@@ -765,11 +765,11 @@ def damaged(folder: Path) -> str | None:
         return None
     try:
         meta = _json(folder / "meta.json")
-        sums, own = {**meta["sha256"]}, hashlib.sha256(json.dumps(meta.get("config")).encode()).hexdigest()
-        if meta.get("config_sha256", own) != own:  # older ones have none
+        sums, own = {**meta["sha256"]}, meta.pop("own_sha256", None)  # older ones have none
+        if own not in (None, hashlib.sha256(json.dumps(meta).encode()).hexdigest()):
             raise ValueError
     except (ValueError, KeyError, TypeError):
-        return f"{folder}!meta.json: damaged; use another checkpoint"
+        return f"{folder}!meta.json: damaged or edited; use another checkpoint"
     for name, want in sums.items():
         if not (folder / name).exists() or sha256(folder / name) != want:
             return f"{folder}!{name}: missing or changed since it was written; use another checkpoint"

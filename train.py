@@ -528,10 +528,9 @@ def save_checkpoint(folder: Path, model, kept, cfg, step, meta, resumable=True):
             with open(temporary / "resume.pt", "wb") as file:  # torch's own writer does not say what failed
                 torch.save(dict(step=step) | {name: one.state_dict() for name, one in kept.items()}, file)
         sums = {p.name: eomt.sha256(p) for p in sorted(temporary.iterdir())}
-        config = dataclasses.asdict(cfg) | meta.get("images", {})
-        own = hashlib.sha256(json.dumps(config).encode()).hexdigest()
-        text = json.dumps(dict(config=config, config_sha256=own, step=step, sha256=sums), indent=1)
-        (temporary / "meta.json").write_text(text)
+        record = dict(config=dataclasses.asdict(cfg), images=meta.get("images", {}), step=step, sha256=sums)
+        record["own_sha256"] = hashlib.sha256(json.dumps(record).encode()).hexdigest()
+        (temporary / "meta.json").write_text(json.dumps(record, indent=1))
         for path in [*temporary.iterdir(), temporary]:
             _sync(path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of the file's OSError
@@ -587,11 +586,11 @@ def resume(out: Path, model, kept, cfg, say) -> int:
         if fault:
             say(f"warning: {fault}; taking the one before")
             continue
-        stored = json.loads((folder / "meta.json").read_text()).get("config", {})
-        images = model.meta.get("images", {})  # of which older runs say nothing
+        record, images = json.loads((folder / "meta.json").read_text()), model.meta.get("images", {})
+        stored = record.get("config", {}) | record.get("images", images)  # of which older runs say nothing
         now = json.loads(json.dumps(dataclasses.asdict(cfg) | images))
         changes = [f"{k} {stored.get(k)} -> {now[k]}"
-                   for k in now if k not in MACHINE and now[k] != stored.get(k, images.get(k))]
+                   for k in now if k not in MACHINE and now[k] != stored.get(k)]
         if changes:
             raise ValueError(f"{folder}: the run was started with other settings: {', '.join(changes)}; "
                              "use the same, or another --out")

@@ -362,7 +362,7 @@ def test_flipped_byte_of_a_record(parts, tmp_path):
         assert (model.q.weight == step).all()
     assert 1 in steps
     record = json.loads(whole)  # of an older run
-    del record["config_sha256"]
+    del record["own_sha256"]
     path.write_text(json.dumps(record))
     assert train.resume(tmp_path, model, kept, cfg, str) == 2
 

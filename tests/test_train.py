@@ -399,6 +399,12 @@ def test_best_that_is_no_number(shapes, tmp_path, monkeypatch):
     assert written()["best"] == written()["PQ"] == 5.0
 
 
+def test_config_of_a_checkpoint_alone(short_run):
+    """best/ and step-*/ may be all that is left of a run: their meta.json has its settings, too."""
+    for folder in (short_run[0] / "best", train.run_steps(short_run[0])[0]):
+        assert train.read_config(folder / "meta.json") == train.read_config(short_run[0] / "config.json")
+
+
 def test_resume_of_a_config_goes_on_in_its_folder(short_run, tmp_path):
     config = str(short_run[0] / "config.json")
     assert train.parse(["--config", config, "--resume"])[0].out == str(short_run[0])
