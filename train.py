@@ -678,7 +678,7 @@ class Log:
         if self.wandb:
             self.wandb.log(values, step=values["step"])
 
-    def rewind(self, step: int):
+    def rewind(self, step: float):
         """Drops the rows after `step`, which will be made again, and damaged ones, as a kill leaves one."""
         path, kept = self.out / "metrics.jsonl", []
         for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
@@ -1150,7 +1150,7 @@ def start(trainer: Trainer) -> int:
         trainer.best = summary.get("best", -1.0)
         trainer.missed = first > 0 and trainer.due(first, cfg.eval_every) and summary.get("step") != first
     if trainer.rank == 0:
-        log.rewind(first)
+        log.rewind(first if cfg.resume else math.inf)
         trial = log.out / ".tmp-trial"
         save_checkpoint(trial, model, trainer.kept, cfg, first, model.meta)
         shutil.rmtree(trial)

@@ -379,6 +379,17 @@ def test_pictures_that_fail_lose_no_checkpoint(shapes, tmp_path, monkeypatch, ca
     assert [path.name for path in train.run_steps(tmp_path)] == ["step-00000003", "step-00000002"]
 
 
+def test_rows_that_are_there_stay(shapes, tmp_path, capsys):
+    """Only a resume makes rows again. A run in a folder whose checkpoints were moved away adds to them, as it
+    does to log.txt."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 9, "loss": 1.0}\n{"st\n')
+    (tmp_path / "log.txt").write_text("old\n")
+    assert trainer(shapes, tmp_path)() == 0
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [9, 1, 2, 3, 4, 4] and (tmp_path / "log.txt").read_text().startswith("old\n")
+    assert "metrics.jsonl: line 2 is damaged" in capsys.readouterr().out
+
+
 def test_best_that_is_no_number(shapes, tmp_path, monkeypatch):
     """A score of NaN is null in the files, and the next number is better, also after a resume."""
     monkeypatch.setattr(predict, "draw_comparison", lambda *_: None)
