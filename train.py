@@ -611,7 +611,7 @@ def resume(out: Path, model, kept, cfg, say) -> int:
 def claim(out: Path, cfg: Config):
     """Refuses to mix two runs in one folder."""
     used = out.is_dir() and any(p.name == "config.json" or p.name.startswith("step-") for p in out.iterdir())
-    ours = any((out / name).exists() for name in (".lock", "log.txt"))  # others have a config.json, too
+    ours = (out / "log.txt").exists()  # a model of others has a config.json, too
     if used and ours and cfg.overwrite and not cfg.resume:
         lock(out)
         shutil.rmtree(out)
@@ -620,6 +620,7 @@ def claim(out: Path, cfg: Config):
         raise ValueError(f"{out}: {what}; --resume continues it, --overwrite replaces it; give one of these")
     out.mkdir(parents=True, exist_ok=True)
     lock(out)
+    (out / "log.txt").touch()
 
 
 def lock(out: Path):
@@ -629,7 +630,8 @@ def lock(out: Path):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if isinstance(error, BlockingIOError | PermissionError):  # not a file system without locks
-            raise ValueError(f"{out}: another process trains there; end it, or give another --out") from None
+            raise ValueError(f"{out}: another process trains there; end it, or give another --out; if none "
+                             f"is left, as after a crash of another machine, remove {out}/.lock") from None
 
 
 def replace(path: Path, text: str):

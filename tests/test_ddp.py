@@ -340,7 +340,8 @@ def test_torchrun_killed_and_one_run_a_folder(shapes, tmp_path):  # noqa: F811
     until(out, "step 6/")
     for flag in ("--resume", "--overwrite"):
         other = Run(out, *STEPS, "--data", shapes, "--out", out, "--steps", 4000, flag)
-        line = f"error: {out}: another process trains there; end it, or give another --out"
+        line = (f"error: {out}: another process trains there; end it, or give another --out; if none "
+                f"is left, as after a crash of another machine, remove {out}/.lock")
         assert other.wait(30) == [1] and other.text().splitlines()[-1] == line, other.text()
     job.kill()
     job.wait(5)

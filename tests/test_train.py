@@ -342,10 +342,13 @@ def test_overwrite_leaves_models_of_others_alone(tmp_path):
         advice = "--resume continues it, --overwrite replaces it; give one of these"
         with pytest.raises(ValueError, match=f"{said}; {advice}$"):
             train.claim(tmp_path, train.Config(**flags))
-    assert len(list(tmp_path.iterdir())) == 2
+    (tmp_path / ".lock").touch()  # other programs have locks, too
+    with pytest.raises(ValueError, match="no run of train.py"):
+        train.claim(tmp_path, train.Config(overwrite=True))
+    assert len(list(tmp_path.iterdir())) == 3
     (tmp_path / "log.txt").touch()
     train.claim(tmp_path, train.Config(overwrite=True))
-    assert [path.name for path in tmp_path.iterdir()] == [".lock"]  # a run before its first words
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "log.txt"]  # before its first words
 
 
 def test_overwrite_removes_the_old_run_only_for_one_that_starts(short_run, shapes, tmp_path):
