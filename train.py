@@ -996,7 +996,7 @@ class Trainer:
                 evaluation.gather(None)  # where one rank ends, torchrun ends the one that saves
                 if len(self.bad) > cfg.max_bad:
                     raise ValueError(f"{cfg.data}: {len(self.bad)} undecodable training images, --max-bad is "
-                                     f"{cfg.max_bad}; check the data with data.py --decode, then --resume")
+                                     f"{cfg.max_bad}; repair what data.py --decode names, then --resume")
                 self.log.say(f"stopped by a signal at step {step}; continue with --resume")
                 return stop.code()
             losses, gradient = self.step(step, parts, norm)
