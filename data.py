@@ -241,14 +241,14 @@ class ZipReader(Reader):
 
     def nested(self, member: str) -> "ZipReader":
         """A zip inside this one: in place if it is stored, else unpacked once into the cache."""
-        i = self.index(member)
-        start = self._begin(i, NESTED_LIMIT)
+        start = self._begin(i := self.index(member), NESTED_LIMIT)
         if self.method[i] == zipfile.ZIP_STORED:
             return ZipReader(self.path, self.start + start, int(self.size[i]), self.where(i))
         target = cache_file(self.path, f"{self.start} {member}", ".zip")
         with open(self.path, "rb", opener=_open) as lock:
             with contextlib.suppress(OSError):  # on a disk without locks each process unpacks
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not target.exists():
+                    fcntl.flock(lock, fcntl.LOCK_EX)
             if not target.exists() or target.stat().st_size != self.size[i]:
                 self._unpack(i, target)
         return ZipReader(target, label=self.where(i))
@@ -487,7 +487,7 @@ def _image_arrays(data):
         "image_name": np.array([i["file_name"].encode() for i in images], dtype="S"),
         "category_id": np.array([c["id"] for c in categories], np.int64),
         "category_name": np.array([c["name"].encode() for c in categories], dtype="S"),
-        "category_thing": np.array([int(c.get("isthing", 1)) for c in categories], bool),
+        "category_thing": np.array([int(c.get("isthing", 1) or 0) for c in categories], bool),
     }
     for i in np.flatnonzero((arrays["hw"] < 1).any(1) | (arrays["hw"].prod(1, dtype=float) > IMAGE_LIMIT)):
         problems.append(f"image id {images[i]['id']} has height, width {arrays['hw'][i]}; fix this file")
@@ -554,7 +554,7 @@ def parse_instances(data: dict) -> tuple[dict, list[str]]:
 def _parts(outline, hw):
     """The polygons of an outline, or the uncompressed counts of its RLE as the only part."""
     if not outline:
-        raise ValueError("no outline; give polygons or RLE, as a box alone is no segment")
+        raise ValueError("no outline; give polygons or RLE (a box alone is no segment), or remove it")
     if not isinstance(outline, dict):
         return outline
     from metrics import rle_counts, rle_decode

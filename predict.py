@@ -348,7 +348,7 @@ def run(args):
     for number, path in zip(numbers, tqdm(paths, unit="img", disable=not sys.stderr.isatty()), strict=True):
         try:
             image = open_image(path)
-        except ValueError as error:  # told at the end; the others are not lost for it
+        except ValueError as error:  # the first is told again at the end; no other is lost for it
             bad.append(str(error))
             print(error)
             continue

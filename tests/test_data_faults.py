@@ -873,12 +873,12 @@ def test_flags_that_are_text(tmp_path):
 
     def change(notes, kinds):
         notes[0].update(iscrowd="0"), notes[1].update(iscrowd="1"), notes[2].update(iscrowd=None)
-        kinds[0].update(isthing="0"), kinds[1].update(isthing="1")
+        kinds[0].update(isthing="0"), kinds[1].update(isthing="1"), kinds[2].update(isthing=None)
 
     spoil_instances(tmp_path, change)
     table = data.coco_table(tmp_path, "instances", "val")[0]
     assert table["crowd"][:3].tolist() == [False, True, False]
-    assert table["category_thing"][:2].tolist() == [False, True]
+    assert table["category_thing"][:3].tolist() == [False, True, False]
 
 
 def test_category_twice_and_area_of_nothing(tmp_path):
