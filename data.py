@@ -248,7 +248,8 @@ class ZipReader(Reader):
         target = cache_file(self.path, f"{self.start} {member}", ".zip")
         with open(self.path, "rb", opener=_open) as lock:
             with contextlib.suppress(OSError):  # on a disk without locks each process unpacks
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not target.exists():
+                    fcntl.flock(lock, fcntl.LOCK_EX)
             if not target.exists() or target.stat().st_size != self.size[i]:
                 self._unpack(i, target)
         return ZipReader(target, label=self.where(i))
@@ -287,9 +288,8 @@ def _zip_rows(reader):
     try:
         with zipfile.ZipFile(_File(reader)) as archive:
             infos, end = archive.infolist(), reader.length - 22 - len(archive.comment)
-        # a cut one may end in the directory of a zip that is stored in it
         if any(info.header_offset < 0 for info in infos) or reader.pread(end, 4) != b"PK\5\6":
-            raise zipfile.BadZipFile("its beginning or end is missing")
+            raise zipfile.BadZipFile("its beginning or end is missing")  # it may end as a zip in it does
     except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError) as error:
         head = reader.pread(0, 64).lstrip()
         kind = "empty" if not reader.length else "a web page" if head[:1] == b"<" else \
@@ -487,7 +487,7 @@ def _image_arrays(data):
         "image_name": np.array([i["file_name"].encode() for i in images], dtype="S"),
         "category_id": np.array([c["id"] for c in categories], np.int64),
         "category_name": np.array([c["name"].encode() for c in categories], dtype="S"),
-        "category_thing": np.array([int(c.get("isthing", 1)) for c in categories], bool),
+        "category_thing": np.array([int(c.get("isthing", 1) or 0) for c in categories], bool),
     }
     for i in np.flatnonzero((arrays["hw"] < 1).any(1) | (arrays["hw"].prod(1, dtype=float) > IMAGE_LIMIT)):
         problems.append(f"image id {images[i]['id']} has height, width {arrays['hw'][i]}; fix this file")
@@ -1504,8 +1504,8 @@ def main(argv: Sequence[str]) -> int:
         if not problems:
             dataset = SegmentDataset(args.path, task, split)
             print(f"{split}: {len(dataset)} images" + (", all decoded" if args.decode else ", not decoded"))
-            for k in np.flatnonzero(dataset.class_counts() == 0) if args.decode else ():
-                print(f"{split}: no segment of {task.vocabulary.names[k]}")
+            if args.decode and (rare := np.flatnonzero(dataset.class_counts() == 0)).size:
+                print(f"{split}: no segment of {'; '.join(task.vocabulary.names[k] for k in rare)}")
             page = page or grid(dataset)
     if page:
         page.save(args.out)

@@ -749,6 +749,9 @@ def test_check_names_classes_without_a_pixel(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert data.main([str(tmp_path), "--split", "val", "--decode"]) == 0
     assert "val: no segment of dog\n" in (said := capsys.readouterr().out) and "cat" not in said
+    (tmp_path / "classes.txt").write_text("cat\ndog\nsky, high\n")
+    assert data.main([str(tmp_path), "--split", "val", "--decode"]) == 0
+    assert "val: no segment of dog; sky, high\n" in capsys.readouterr().out  # one line: there may be 150
 
 
 def test_cityscapes_value_beyond_the_published(tmp_path):
@@ -873,12 +876,12 @@ def test_flags_that_are_text(tmp_path):
 
     def change(notes, kinds):
         notes[0].update(iscrowd="0"), notes[1].update(iscrowd="1"), notes[2].update(iscrowd=None)
-        kinds[0].update(isthing="0"), kinds[1].update(isthing="1")
+        kinds[0].update(isthing="0"), kinds[1].update(isthing="1"), kinds[2].update(isthing=None)
 
     spoil_instances(tmp_path, change)
     table = data.coco_table(tmp_path, "instances", "val")[0]
     assert table["crowd"][:3].tolist() == [False, True, False]
-    assert table["category_thing"][:2].tolist() == [False, True]
+    assert table["category_thing"][:3].tolist() == [False, True, False]
 
 
 def test_category_twice_and_area_of_nothing(tmp_path):
