@@ -287,9 +287,8 @@ def _zip_rows(reader):
     try:
         with zipfile.ZipFile(_File(reader)) as archive:
             infos, end = archive.infolist(), reader.length - 22 - len(archive.comment)
-        # a cut one may end in the directory of a zip that is stored in it
         if any(info.header_offset < 0 for info in infos) or reader.pread(end, 4) != b"PK\5\6":
-            raise zipfile.BadZipFile("its beginning or end is missing")
+            raise zipfile.BadZipFile("its beginning or end is missing")  # it may end as a zip in it does
     except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError) as error:
         head = reader.pread(0, 64).lstrip()
         kind = "empty" if not reader.length else "a web page" if head[:1] == b"<" else \
@@ -1504,8 +1503,8 @@ def main(argv: Sequence[str]) -> int:
         if not problems:
             dataset = SegmentDataset(args.path, task, split)
             print(f"{split}: {len(dataset)} images" + (", all decoded" if args.decode else ", not decoded"))
-            for k in np.flatnonzero(dataset.class_counts() == 0) if args.decode else ():
-                print(f"{split}: no segment of {task.vocabulary.names[k]}")
+            if args.decode and (rare := np.flatnonzero(dataset.class_counts() == 0)).size:
+                print(f"{split}: no segment of {'; '.join(task.vocabulary.names[k] for k in rare)}")
             page = page or grid(dataset)
     if page:
         page.save(args.out)

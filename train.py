@@ -612,14 +612,14 @@ def claim(out: Path, cfg: Config):
     """Refuses to mix two runs in one folder."""
     used = out.is_dir() and any(p.name == "config.json" or p.name.startswith("step-") for p in out.iterdir())
     ours = (out / "log.txt").exists()  # a model of others has a config.json, too
-    if used and ours and cfg.overwrite and not cfg.resume:
-        lock(out)
-        shutil.rmtree(out)
-    elif used and (cfg.overwrite or not cfg.resume):
+    replaces = used and ours and cfg.overwrite and not cfg.resume
+    if used and not replaces and (cfg.overwrite or not cfg.resume):
         what = "already holds a run" if ours or not cfg.overwrite else "no run of train.py"
         raise ValueError(f"{out}: {what}; --resume continues it, --overwrite replaces it; give one of these")
     out.mkdir(parents=True, exist_ok=True)
     lock(out)
+    for path in (p for p in out.iterdir() if replaces and p.name != ".lock"):  # NFS keeps what is open
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     (out / "log.txt").touch()
 
 

@@ -723,6 +723,17 @@ def test_images_without_real_segments_train(tmp_path, ids, crowd):
     assert data.collate([sample, sample]).images.shape == (2, 3, 32, 32)
 
 
+def test_nested_zip_that_is_unpacked_waits_for_nobody(tmp_path, monkeypatch):
+    """Another process may hold the archive for the half minute that a JSON in it takes."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    inner = io.BytesIO()
+    write_zip(inner, MEMBERS)
+    outer = write_zip(tmp_path / "o.zip", {"d/in.zip": inner.getvalue()})
+    ZipReader(outer).nested("d/in.zip")
+    monkeypatch.setattr(data.fcntl, "flock", lambda *_: pytest.fail("it waits"))
+    assert ZipReader(outer).nested("d/in.zip").read("a/b.txt") == MEMBERS["a/b.txt"]
+
+
 @pytest.mark.parametrize("fault", [None, ValueError, KeyError])
 def test_json_is_parsed_without_garbage_collection(shapes, tmp_path, monkeypatch, fault):
     """It took a quarter of the first start with COCO: it goes through millions of lists, all in use."""

@@ -749,6 +749,9 @@ def test_check_names_classes_without_a_pixel(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert data.main([str(tmp_path), "--split", "val", "--decode"]) == 0
     assert "val: no segment of dog\n" in (said := capsys.readouterr().out) and "cat" not in said
+    (tmp_path / "classes.txt").write_text("cat\ndog\nsky, high\n")
+    assert data.main([str(tmp_path), "--split", "val", "--decode"]) == 0
+    assert "val: no segment of dog; sky, high\n" in capsys.readouterr().out  # one line: there may be 150
 
 
 def test_cityscapes_value_beyond_the_published(tmp_path):

@@ -351,6 +351,23 @@ def test_overwrite_leaves_models_of_others_alone(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "log.txt"]  # before its first words
 
 
+def test_overwrite_never_removes_the_open_lock(tmp_path):
+    """On NFS an open file that is removed stays under another name, and its folder cannot be removed."""
+    run, link = tmp_path / "run", tmp_path / "link"
+    (tmp_path / "precious").mkdir()
+    train.claim(run, train.Config())
+    lock = (run / ".lock").stat().st_ino
+    for out in (run, link):
+        (run / "step-00000001").mkdir()
+        (run / "log.txt").write_text("old")
+        (run / "viz").symlink_to(tmp_path / "precious")
+        link.is_symlink() or link.symlink_to(run)
+        train.claim(out, train.Config(overwrite=True))
+        assert sorted(path.name for path in run.iterdir()) == [".lock", "log.txt"]
+        assert (run / ".lock").stat().st_ino == lock and not (run / "log.txt").read_text()
+    assert link.is_symlink() and (tmp_path / "precious").exists()
+
+
 def test_overwrite_removes_the_old_run_only_for_one_that_starts(short_run, shapes, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(short_run[0], out)
