@@ -27,7 +27,7 @@ HOUSE = {
     "lora.py": ("torch", "", 200),
     "losses.py": ("torch scipy", "?kernels", 450),
     "metrics.py": ("numpy", "", 500),
-    "data.py": ("torch numpy PIL", "vocab +metrics", 1517),
+    "data.py": ("torch numpy PIL", "vocab +metrics", 1516),
     "eval.py": ("torch numpy tqdm PIL", "data eomt metrics siglip2 lora losses vocab", 593),
     "predict.py": ("torch numpy PIL tqdm +onnxruntime", "data eomt metrics siglip2 lora losses vocab", 371),
     "train.py": ("torch numpy +wandb +tokenizers", "data eomt eval predict losses siglip2 lora vocab", 1229),
