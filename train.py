@@ -634,7 +634,7 @@ def lock(out: Path):
                              f"is left, as after a crash of another machine, remove {out}/.lock") from None
 
 
-def replace(path: Path, text: str):
+def replace(path: Path, text: str):  # a small file that is always whole, the old one or the new one
     data.write_atomically(path, lambda file: file.write(text.encode()))
 
 
